@@ -1,0 +1,1 @@
+"""Artifact store, stage decorator, Ray session, metrics, provenance. Imports nothing else of Fathom."""

@@ -1,0 +1,1 @@
+"""Tensor operations, each beside its plain-torch reference. Knows tensors, nothing else."""

@@ -1,0 +1,1 @@
+"""Architecture, optimiser, generation and conversion to the published formats."""
