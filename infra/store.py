@@ -1,0 +1,324 @@
+"""The artifact store: a folder, or any fsspec URL, in which an artifact is either whole or absent.
+
+Layout under the root: `artifacts/<stage>/<12 hex>/` with the files and `manifest.json`, `tags/<name>.json`, and the
+work that is not yet an artifact: `drafts/`, `scratch/` (resume state, by artifact id), `locks/`. On a file system the
+commit is one `rename` of a complete draft. On an object store the files are uploaded under a unique prefix and the
+manifest, created only if absent, is the commit. Either way the first writer wins and the loser adopts its result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from pydantic import ValidationError
+
+from infra.artifact import ID_PATTERN, MANIFEST, Artifact, FileEntry, Manifest, recipe_id
+from infra.config import nearest
+from infra.errors import ArtifactNotFound, ConfigError, StoreError, TamperedArtifact
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that `verify` found wrong with an artifact."""
+
+    id: str
+    path: str
+    problem: str
+
+
+class ArtifactStore:
+    """Finds, commits, tags, verifies and collects artifacts under one root."""
+
+    def __init__(self, url: str | Path, workspace: Path | None = None) -> None:
+        """Open the store at `url` (created on first commit); drafts and scratch live in `workspace`."""
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(str(url))
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"store {url}: {error}; install the fsspec driver of that scheme") from None
+        self.local = isinstance(self.fs, LocalFileSystem)
+        self.work = Path(workspace or (self.root if self.local else ".fathom")).absolute()
+
+    # ---- reading
+
+    def ids(self) -> list[str]:
+        """Ids of all committed artifacts, sorted."""
+        found = self.fs.glob(f"{self.root}/artifacts/*/*/{MANIFEST}")
+        return sorted("/".join(path.split("/")[-3:-1]) for path in found)
+
+    def find(self, kind: str | None = None, stage: str | None = None) -> list[Manifest]:
+        """Manifests, oldest first, of the artifacts of that kind and stage."""
+        manifests = [self.manifest(i) for i in self.ids() if stage is None or i.startswith(stage + "/")]
+        return sorted((m for m in manifests if kind in (None, m.kind)), key=lambda m: (m.created, m.id))
+
+    def exists(self, artifact_id: str) -> bool:
+        return bool(self.fs.exists(self._path(artifact_id, MANIFEST)))
+
+    def manifest(self, artifact_id: str) -> Manifest:
+        """The manifest of one artifact by its full id."""
+        try:
+            text = self.fs.cat_file(self._path(artifact_id, MANIFEST))
+        except FileNotFoundError:
+            raise ArtifactNotFound(f"no artifact {artifact_id} in {self.root}") from None
+        try:
+            return Manifest.model_validate_json(text)
+        except ValidationError as error:
+            raise TamperedArtifact(f"{artifact_id}: its manifest cannot be read ({error.errors()[0]['msg']})") from None
+
+    def resolve(self, ref: str) -> str:
+        """The id that a reference means: an id, a tag, or a prefix that only one artifact has."""
+        if ID_PATTERN.fullmatch(ref) and self.exists(ref):
+            return ref
+        tags = self.tags()
+        if ref in tags:
+            return tags[ref]
+        ids = self.ids()
+        matches = [i for i in ids if len(ref) >= 3 and (i.startswith(ref) or i.partition("/")[2].startswith(ref))]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise ArtifactNotFound(f"{ref!r} could be {', '.join(matches)}: give more of the id")
+        raise ArtifactNotFound(f"no artifact or tag {ref!r} in {self.root}; {nearest(ref, [*tags, *ids])}")
+
+    def get(self, ref: str) -> Artifact:
+        """Open an artifact by id, tag or unique prefix; a remote one is copied to the workspace first."""
+        manifest = self.manifest(self.resolve(ref))
+        if self.local:
+            return Artifact(manifest, Path(self._path(manifest.id)))
+        return Artifact(manifest, self._download(manifest))
+
+    # ---- writing
+
+    @contextlib.contextmanager
+    def draft(self, artifact_id: str) -> Iterator[tuple[Path, Path]]:
+        """Yield (draft, scratch) folders for one run of a recipe, alone on this machine; the draft goes away after.
+
+        A second process that wants the same artifact waits here for the first.
+        """
+        name = artifact_id.replace("/", "-")
+        draft = self.work / "drafts" / f"{name}-{uuid.uuid4().hex[:8]}"
+        scratch = self.work / "scratch" / name
+        lock = self.work / "locks" / name
+        try:
+            for folder in (draft, scratch, lock.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _store_error(error, f"preparing {artifact_id}") from None
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                yield draft, scratch
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+
+    def commit(self, draft: Path, manifest: Manifest, replace: bool = False) -> Artifact:
+        """Publish a draft's files as `manifest.id`, with their sizes and digests added to the manifest.
+
+        Idempotent: if the artifact exists, that one is returned and the draft is left, unless `replace`.
+        """
+        if self.exists(manifest.id) and not replace:
+            return self.get(manifest.id)
+        try:
+            files = tuple(_entry(path, draft) for path in sorted(draft.rglob("*")) if path.is_file())
+            manifest = manifest.model_copy(update={"files": files, "created": datetime.now(UTC)})
+            if self.local:
+                self._publish_folder(draft, manifest, replace)
+            else:
+                self._publish_objects(draft, manifest, replace)
+        except OSError as error:
+            raise _store_error(error, f"committing {manifest.id}") from None
+        shutil.rmtree(self.work / "scratch" / manifest.id.replace("/", "-"), ignore_errors=True)
+        return self.get(manifest.id)
+
+    def _publish_folder(self, draft: Path, manifest: Manifest, replace: bool) -> None:
+        (draft / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+        target = Path(self._path(manifest.id))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        old = draft.with_name(draft.name + ".replaced")
+        if replace and target.exists():
+            target.rename(old)
+        try:
+            draft.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _publish_objects(self, draft: Path, manifest: Manifest, replace: bool) -> None:
+        manifest = manifest.model_copy(update={"payload": uuid.uuid4().hex[:8]})
+        for file in manifest.files:
+            self.fs.put_file(str(draft / file.path), self._path(manifest.id, manifest.payload, file.path))
+        mode = "overwrite" if replace else "create"
+        try:
+            self.fs.pipe_file(self._path(manifest.id, MANIFEST), manifest.model_dump_json(indent=1).encode(), mode=mode)
+        except FileExistsError:
+            self.fs.rm(self._path(manifest.id, manifest.payload), recursive=True)
+
+    # ---- tags
+
+    def tags(self) -> dict[str, str]:
+        """Tag name → artifact id."""
+        paths = self.fs.glob(f"{self.root}/tags/*.json")
+        return {unquote(path.rpartition("/")[2][:-5]): json.loads(self.fs.cat_file(path))["id"] for path in paths}
+
+    def tag(self, name: str, ref: str) -> str:
+        """Move a tag to an artifact (atomic); return the id."""
+        if not name or ID_PATTERN.fullmatch(name) or name != name.strip():
+            raise ConfigError(f"tag {name!r}: a tag is a name such as base@latest, and must not look like an id")
+        artifact_id = self.resolve(ref)
+        body = json.dumps({"id": artifact_id, "moved": datetime.now(UTC).isoformat()}).encode()
+        path = f"{self.root}/tags/{quote(name, safe='@')}.json"
+        try:
+            self.fs.makedirs(f"{self.root}/tags", exist_ok=True)
+            if self.local:
+                new = Path(f"{path}.{uuid.uuid4().hex[:8]}")
+                new.write_bytes(body)
+                new.replace(path)
+            else:
+                self.fs.pipe_file(path, body)
+        except OSError as error:
+            raise _store_error(error, f"tagging {artifact_id}") from None
+        return artifact_id
+
+    def untag(self, name: str) -> None:
+        """Remove a tag; the artifact stays."""
+        tags = self.tags()
+        if name not in tags:
+            raise ArtifactNotFound(f"no tag {name!r}; {nearest(name, tags)}")
+        self.fs.rm(f"{self.root}/tags/{quote(name, safe='@')}.json")
+
+    # ---- trust and space
+
+    def verify(self, artifact_id: str) -> list[Fault]:
+        """Compare every file with the manifest and the id with the recipe; an empty list means untouched."""
+        try:
+            manifest = self.manifest(artifact_id)
+        except TamperedArtifact as error:
+            return [Fault(artifact_id, MANIFEST, str(error))]
+        faults = []
+        if recipe_id(manifest.stage, manifest.stage_version, manifest.config, manifest.inputs) != artifact_id:
+            faults.append(Fault(artifact_id, MANIFEST, "stage, config or inputs do not give this id"))
+        base = self._path(artifact_id, *([manifest.payload] if manifest.payload else []))
+        present = {path.removeprefix(base).lstrip("/"): info for path, info in self.fs.find(base, detail=True).items()}
+        present.pop(MANIFEST, None)
+        for file in manifest.files:
+            info = present.pop(file.path, None)
+            if info is None:
+                faults.append(Fault(artifact_id, file.path, "missing"))
+            elif info["size"] != file.bytes:
+                faults.append(Fault(artifact_id, file.path, f"{info['size']} bytes, manifest says {file.bytes}"))
+            else:
+                with self.fs.open(f"{base}/{file.path}", "rb") as handle:
+                    if _sha256(handle) != file.sha256:
+                        faults.append(Fault(artifact_id, file.path, "content differs from its SHA-256"))
+        faults += [Fault(artifact_id, path, "not in the manifest") for path in sorted(present)]
+        for role, parent in manifest.inputs.items():
+            recorded = manifest.input_digests.get(role)
+            if recorded and self.exists(parent) and self.manifest(parent).content_digest != recorded:
+                faults.append(Fault(artifact_id, role, f"input {parent} was rebuilt since with a different content"))
+        return faults
+
+    def check(self, ref: str) -> Artifact:
+        """`get`, but raise TamperedArtifact if `verify` finds a fault."""
+        artifact_id = self.resolve(ref)
+        faults = self.verify(artifact_id)
+        if faults:
+            listed = "; ".join(f"{fault.path}: {fault.problem}" for fault in faults[:5])
+            raise TamperedArtifact(f"{artifact_id}: {listed}; rebuild it with --force or delete it")
+        return self.get(artifact_id)
+
+    def gc(self, dry_run: bool = False) -> list[Manifest]:
+        """Delete artifacts that no tag reaches, and leftovers of killed runs; never an ancestor of a tagged one."""
+        from infra.lineage import ancestors
+
+        manifests = {m.id: m for m in self.find()}
+        kept = ancestors(manifests, self.tags().values())
+        doomed = [m for i, m in manifests.items() if i not in kept]
+        if not dry_run:
+            for manifest in doomed:
+                self.fs.rm(self._path(manifest.id, MANIFEST))
+                self.fs.rm(self._path(manifest.id), recursive=True)
+            self._sweep()
+        return doomed
+
+    def _sweep(self) -> None:
+        """Remove drafts and scratch whose recipe no process is working on."""
+        for folder in [*self.work.glob("drafts/*"), *self.work.glob("scratch/*")]:
+            name = folder.name if folder.parent.name == "scratch" else folder.name.rpartition("-")[0]
+            lock = self.work / "locks" / name
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with lock.open("w") as handle:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # ---- paths
+
+    def _path(self, artifact_id: str, *parts: str) -> str:
+        return "/".join([self.root, "artifacts", artifact_id, *parts])
+
+    @cached_property
+    def _cache(self) -> Path:
+        return self.work / "cache"
+
+    def _download(self, manifest: Manifest) -> Path:
+        target = self._cache / manifest.id / manifest.payload
+        if not target.exists():
+            part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+            for file in manifest.files:
+                (part / file.path).parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(self._path(manifest.id, manifest.payload, file.path), str(part / file.path))
+            part.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):
+                part.rename(target)
+            shutil.rmtree(part, ignore_errors=True)
+        return target
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted path, left value, right value) for every leaf in which two nested mappings differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted({*left, *right}):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b or (key in left) != (key in right):
+            found.append((prefix + key, a, b))
+    return found
+
+
+def _entry(path: Path, base: Path) -> FileEntry:
+    with path.open("rb") as handle:
+        sha = _sha256(handle)
+    return FileEntry(path=path.relative_to(base).as_posix(), bytes=path.stat().st_size, sha256=sha)
+
+
+def _sha256(handle: Any) -> str:
+    sha = hashlib.sha256()
+    while chunk := handle.read(CHUNK):
+        sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _store_error(error: OSError, doing: str) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(f"disk full while {doing}: nothing was committed; free space (fathom artifacts gc) and rerun")
+    return StoreError(f"{doing}: {error}; nothing was committed")
