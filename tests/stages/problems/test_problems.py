@@ -1,0 +1,137 @@
+"""Families, splits and verifiers against brute force and hostile text."""
+
+import itertools
+import subprocess
+import sys
+from fractions import Fraction
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra.errors import ConfigError
+from stages.problems.expression import ExpressionError, evaluate
+from stages.problems.knights_and_knaves import CLAIMS, solutions
+from stages.problems.problem import Problem, read_problems, write_problems
+from stages.problems.registry import FAMILIES, LANGUAGES, generate, make
+from stages.problems.verify import VERIFIERS, verify
+
+EVERYTHING = tuple(FAMILIES)
+HOSTILE = (
+    *("", " ", "9**9**9", "9^9^9", "1/0", "1/(1-1)", "__import__('os')", "1e9", "0x10", "1_0", "+1", "--1", "-", "1+"),
+    *("nan", "inf", "\x00", "\u202e1", "🂡", "1\n", "٣", "３", "²", "½"),
+    *("10" * 500, "9" * 10_000, "(" * 5000 + "1" + ")" * 5000, "(" * 30 + "1" + ")" * 30),
+)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_every_worked_answer_satisfies_its_verifier_and_the_chain_ends_in_it(name):
+    rng = Random(1)
+    for language, level in itertools.product(LANGUAGES, range(1, FAMILIES[name].levels + 1)):
+        for _ in range(50):
+            problem = make(FAMILIES[name], language, level, rng)
+            assert verify(problem, problem.answer)
+            assert verify(problem, f" {problem.answer} ")
+            assert not verify(problem, f"The answer is {problem.answer}")
+            assert len(problem.question) < 90
+            assert len(problem.chain) < 140
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_no_hostile_text_passes_or_crashes_a_verifier(name):
+    problem = make(FAMILIES[name], "en", 1, Random(7))
+    for text in HOSTILE:
+        assert verify(problem, text) is (text.strip() == "３" and problem.answer == "3")
+
+
+@given(st.text(alphabet="0123456789+-*/()（）×÷ ab.,", max_size=90))
+@settings(max_examples=400, deadline=None)
+def test_any_text_either_has_an_exact_value_or_is_refused(text):
+    try:
+        value = evaluate(text)
+    except ExpressionError:
+        return
+    python = text.translate(str.maketrans("（）×÷", "()*/")).replace(" ", "")
+    exact = eval("".join(f"F({p})" if p.isdigit() else p for p in _tokens(python)), {"F": lambda n: Fraction(n)})
+    assert value.value == exact
+
+
+def _tokens(text):
+    for digits, group in itertools.groupby(text, str.isdigit):
+        joined = "".join(group)
+        yield from [str(int(joined))] if digits else list(joined)
+
+
+def test_countdown_accepts_exactly_what_brute_force_finds():
+    problem = Problem("x", "countdown", "en", 1, "?", "", "", "countdown", {"numbers": [2, 3, 7], "target": 13}, "")
+    found = set()
+    for order in itertools.permutations((2, 3, 7)):
+        for first, second in itertools.product("+-*/", repeat=2):
+            for form in ("{}{}{}{}{}", "({}{}{}){}{}", "{}{}({}{}{})"):
+                text = form.format(order[0], first, order[1], second, order[2])
+                try:
+                    right = eval(text) == 13
+                except ZeroDivisionError:
+                    right = False
+                assert verify(problem, text) is right, text
+                found |= {text} if right else set()
+    assert "2*3+7" in found
+    assert not verify(problem, "13")
+    assert not verify(problem, "2*3+7+0")
+    assert not verify(problem, "2*3+7=13")
+    assert verify(problem, "２×３＋７")
+
+
+def test_every_pair_of_claims_is_judged_as_the_truth_table_says():
+    for claims in itertools.product(CLAIMS, repeat=2):
+        for first, second in itertools.product((True, False), repeat=2):
+            says = CLAIMS[claims[0]](first, second), CLAIMS[claims[1]](second, first)
+            assert ((first, second) in solutions(claims)) == (says == (first, second))
+
+
+def test_the_splits_are_disjoint_whatever_the_seeds_and_the_language():
+    train = generate(EVERYTHING, LANGUAGES, 3000, seed=1, split="train")
+    heldout = generate(EVERYTHING, LANGUAGES, 300, seed=2, split="heldout")
+    assert not {p.question for p in train} & {p.question for p in heldout}
+    assert not {(p.family, p.content) for p in train} & {(p.family, p.content) for p in heldout}
+    assert len({p.question for p in train}) == len({p.id for p in train}) == 3000
+    assert {p.family for p in heldout} == set(EVERYTHING)
+
+
+def test_generation_is_the_same_in_another_process_and_differs_by_seed():
+    here = [p.question for p in generate(["countdown", "gcd"], ["zh"], 40, seed=3, split="train")]
+    program = (
+        "from stages.problems.registry import generate\n"
+        "print('|'.join(p.question for p in generate(['countdown', 'gcd'], ['zh'], 40, seed=3, split='train')))"
+    )
+    there = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", program], capture_output=True, text=True, check=True, encoding="utf-8"
+    )
+    assert there.stdout.strip().split("|") == here
+    other = [p.question for p in generate(["countdown", "gcd"], ["zh"], 40, seed=4, split="train")]
+    assert len(set(here) & set(other)) < 10  # neighbouring seeds share no stream
+
+
+def test_asking_for_too_much_or_for_the_unknown_is_a_config_error():
+    with pytest.raises(ConfigError, match="only"):
+        generate(["chain_sum"], ["en"], 10_000, seed=0, split="heldout", levels=[1])
+    with pytest.raises(ConfigError, match="sudoku"):
+        generate(["sudoku"], ["en"], 1, seed=0, split="train")
+    with pytest.raises(ConfigError, match="fr"):
+        generate(["gcd"], ["fr"], 1, seed=0, split="train")
+    with pytest.raises(ConfigError, match="level"):
+        generate(["gcd"], ["en"], 1, seed=0, split="train", levels=[9])
+
+
+def test_chains_speak_the_language_of_the_question():
+    for problem in generate(EVERYTHING, LANGUAGES, 400, seed=5, split="train"):
+        han = any("一" <= letter <= "鿿" for letter in problem.chain)
+        assert han == (problem.language == "zh"), problem.chain
+
+
+def test_problems_survive_a_file(tmp_path):
+    problems = generate(EVERYTHING, LANGUAGES, 50, seed=6, split="train")
+    assert write_problems(tmp_path / "train.jsonl", problems) == 50
+    assert list(read_problems(tmp_path / "train.jsonl")) == problems
+    assert set(VERIFIERS) >= {p.verifier for p in problems}
