@@ -1,0 +1,137 @@
+"""Byte-level BPE with DeepSeek's pre-tokenization and special tokens.
+
+A saved tokenizer is the pair of files the Hugging Face libraries read (`tokenizer.json`, `tokenizer_config.json`), so
+transformers and vLLM load it as it is. The normalizer is empty, as DeepSeek's: every byte string round-trips.
+
+Three rules cut the text before any merge (DeepSeek-V3's tokenizer.json):
+  1. digits alone (`single`, DeepSeek LLM and V2) or in runs of up to three (`triples`, V3);
+  2. a run of Han characters or kana;
+  3. letters with at most one leading mark, punctuation together with the newlines behind it (V3, section 4.1), spaces.
+
+`Tokenizer.encode` reads the text of a role marker or of BOS/EOS as ordinary characters: only the chat template and the
+corpus writer place those ids, so no document can forge a turn. `<think>` and its kind are ordinary vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from infra.errors import ConfigError, InputError
+from stages.tokens.chat_template import JINJA
+
+Digits = Literal["single", "triples"]
+
+BOS = "<｜begin▁of▁sentence｜>"
+EOS = "<｜end▁of▁sentence｜>"
+PAD = "<｜▁pad▁｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT)
+MARKUP_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")  # one id each, but text: they survive decode
+
+CJK_RUN = "[一-龥\u3040-ゟ゠-ヿ]+"
+WORDS = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def pre_tokenizer(digits: Digits) -> pre_tokenizers.PreTokenizer:
+    """The cuts that no merge crosses; see the module's docstring."""
+    number = r"\p{N}" if digits == "single" else r"\p{N}{1,3}"
+    return pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(rule), "isolated") for rule in (number, CJK_RUN, WORDS)),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+class Tokenizer:
+    """Text to ids and back, with the ids of DeepSeek's marks as attributes."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        backend.encode_special_tokens = True  # read markers inside text as plain characters
+        self._backend = backend
+        ids = {token: backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *MARKUP_TOKENS)}
+        if missing := [token for token, number in ids.items() if number is None]:
+            raise InputError(f"the tokenizer lacks the tokens {missing}: train one with the stage train_tokenizer")
+        self.bos, self.eos, self.pad, self.user, self.assistant = (ids[token] for token in SPECIAL_TOKENS)
+        self.think, self.end_think, self.answer, self.end_answer = (ids[token] for token in MARKUP_TOKENS)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone: no BOS, no EOS."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, on all cores that RAYON_NUM_THREADS allows."""
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 come out as U+FFFD. `<think>` and `<answer>` are text and stay."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token(self, number: int) -> str:
+        """The bytes of one id as text, for people to read."""
+        return self.decode([number], skip_special=False)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, the chat template inside."""
+        directory = Path(directory)
+        self._backend.save(str(directory / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "extra_special_tokens": [USER, ASSISTANT],
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 2**20,
+            "chat_template": JINJA,
+        }
+        text = json.dumps(config, ensure_ascii=False, indent=2)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def train(texts: Iterable[str], vocab_size: int, digits: Digits = "triples", min_frequency: int = 2) -> Tokenizer:
+    """Learn merges from `texts`. `vocab_size` counts the 9 marks and the 256 bytes. Same texts, same bytes out."""
+    floor = len(SPECIAL_TOKENS) + len(MARKUP_TOKENS) + 256
+    if vocab_size <= floor:
+        raise ConfigError(f"vocab_size={vocab_size} leaves no room for merges: marks and bytes alone take {floor}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer(digits)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[*SPECIAL_TOKENS, *MARKUP_TOKENS],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    # The trainer marks all of them special; the markup must be text.
+    state = json.loads(backend.to_str())
+    for added in state["added_tokens"]:
+        added["special"] = added["content"] in SPECIAL_TOKENS
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(state, ensure_ascii=False)))
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Read a tokenizer saved by `Tokenizer.save`, alone or copied beside a checkpoint or token shards."""
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{directory} holds no tokenizer.json: give a tokenizer, tokens or checkpoint artifact")
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
