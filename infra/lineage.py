@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from infra.artifact import Manifest
-from infra.store import ArtifactStore
+
+if TYPE_CHECKING:
+    from infra.store import ArtifactStore
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def lineage(store: ArtifactStore, ref: str, direction: Literal["up", "down", "bo
         if parent in members
     ]
     return Lineage(
-        {i: manifests.get(i) for i in _topological(members, edges)}, tuple(sorted(edges, key=lambda e: (e.child, e.role)))
+        {i: manifests.get(i) for i in _topological(members, edges)},
+        tuple(sorted(edges, key=lambda e: (e.child, e.role))),
     )
 
 

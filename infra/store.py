@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from infra.artifact import ID_PATTERN, MANIFEST, Artifact, FileEntry, Manifest, recipe_id
 from infra.config import nearest
 from infra.errors import ArtifactNotFound, ConfigError, StoreError, TamperedArtifact
+from infra.lineage import ancestors
 
 CHUNK = 1 << 20
 
@@ -245,8 +246,6 @@ class ArtifactStore:
 
     def gc(self, dry_run: bool = False) -> list[Manifest]:
         """Delete artifacts that no tag reaches, and leftovers of killed runs; never an ancestor of a tagged one."""
-        from infra.lineage import ancestors
-
         manifests = {m.id: m for m in self.find()}
         kept = ancestors(manifests, self.tags().values())
         doomed = [m for i, m in manifests.items() if i not in kept]

@@ -1,0 +1,213 @@
+"""The Ray session and the two ways in which stages use it: a map over shards, and one SPMD program.
+
+`RAY_ADDRESS` or the setting `ray_address` names a cluster; without one a local Ray is started with as many logical
+CPUs as the machine has cores, a capped object store and no dashboard. Single-worker and many-worker training take the
+same path: one Ray task a rank with torchrun's environment, so a worker function also runs under `torchrun`.
+Tasks, not actors: Ray keeps idle worker processes, so the next stage does not import torch again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from infra.errors import ConfigError, StageFailed
+from infra.metrics import Report
+from infra.settings import Settings
+
+POLL_SECONDS = 0.3
+
+
+def session(settings: Settings | None = None) -> None:
+    """Connect to the cluster, or start a local Ray; do nothing if that was done."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    settings = settings or Settings.load()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = settings.ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="warning")
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(f"Ray at {address}: {error}; start it, or unset ray_address for a local one") from None
+        return
+    # A token file that any earlier Ray left behind turns authentication on; a private local session needs none.
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, settings.workers),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+        object_store_memory=_object_store_bytes(settings),
+    )
+
+
+def shutdown() -> None:
+    """End this process's Ray session and, if it was local, all its processes."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def ray_map(
+    fn: Callable[[Any], Any],
+    items: Iterable[Any],
+    ctx: Any = None,
+    unit: str = "shards",
+    total: int | None = None,
+    threads: int = 1,
+) -> Iterator[Any]:
+    """Yield fn(item) in order, computed by Ray tasks of `threads` CPUs each, with few items in flight.
+
+    `items` may be lazy. An exception of `fn` is raised here as itself, and what is in flight is cancelled.
+    """
+    import ray
+
+    session()
+    remote = ray.remote(_with_threads).options(num_cpus=threads, max_retries=2, retry_exceptions=False)
+    items = list(items) if total is None else items
+    total = len(items) if total is None else total  # type: ignore[arg-type]
+    flight = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
+    pending: list[Any] = []
+    done = 0
+    source = iter(items)
+    try:
+        while True:
+            while len(pending) < flight and (item := next(source, _END)) is not _END:
+                pending.append(remote.remote(fn, item, threads))
+            if not pending:
+                return
+            result = _get(ray, pending[0])
+            pending.pop(0)
+            done += 1
+            if ctx is not None:
+                ctx.report(done, total, unit)
+            yield result
+    finally:
+        for ref in pending:
+            ray.cancel(ref, force=True)
+
+
+def spmd(
+    fn: Callable[[Any, Report], Any], job: Any, ctx: Any, workers: int | None = None, threads: int = 1
+) -> list[Any]:
+    """Run fn(job, report) once a rank and return the results by rank.
+
+    Each rank has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT and joins the process group itself.
+    Rank 0's reports reach `ctx.report`. The first failure cancels every rank and is raised.
+    """
+    import ray
+
+    session()
+    workers = workers or ctx.workers
+    resources = ray.cluster_resources()
+    if resources.get("CPU", 0) < workers * threads:
+        raise ConfigError(
+            f"{workers} workers × {threads} CPUs, but Ray has {resources.get('CPU', 0):.0f}: lower workers"
+        )
+    gpus = 1 if resources.get("GPU", 0) >= workers else 0
+    mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    rank_task = ray.remote(_run_rank).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
+    refs = [rank_task.remote(fn, job, mailbox, rank, workers, threads) for rank in range(workers)]
+    try:
+        waiting = list(refs)
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+            for ref in ready:
+                _get(ray, ref)
+            for done, total, unit, metrics in ray.get(mailbox.drain.remote()):
+                ctx.report(done, total, unit, **metrics)
+        for done, total, unit, metrics in ray.get(mailbox.drain.remote()):
+            ctx.report(done, total, unit, **metrics)
+        return list(ray.get(refs))
+    finally:
+        for ref in refs:
+            ray.cancel(ref, force=True)
+        ray.kill(mailbox)
+
+
+_END = object()
+
+
+class _Mailbox:
+    """Carries rank 0's reports to the driver, and the rendezvous address to the other ranks."""
+
+    def __init__(self) -> None:
+        self.letters: list[tuple[int, int, str, dict[str, float]]] = []
+        self.master: tuple[str, int] | None = None
+
+    def post(self, done: int, total: int, unit: str, metrics: dict[str, float]) -> None:
+        self.letters.append((done, total, unit, metrics))
+
+    def drain(self) -> list[tuple[int, int, str, dict[str, float]]]:
+        letters, self.letters = self.letters, []
+        return letters
+
+    def meet(self, master: tuple[str, int] | None = None) -> tuple[str, int] | None:
+        self.master = master or self.master
+        return self.master
+
+
+def _run_rank(fn: Callable[..., Any], job: Any, mailbox: Any, rank: int, workers: int, threads: int) -> Any:
+    import ray
+
+    master = ray.get(mailbox.meet.remote((ray.util.get_node_ip_address(), _free_port()) if rank == 0 else None))
+    while master is None:
+        time.sleep(0.02)
+        master = ray.get(mailbox.meet.remote())
+    local_rank = 0 if ray.get_gpu_ids() else rank  # Ray shows each worker its own GPU as device 0
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(workers),
+        "LOCAL_RANK": str(local_rank),
+        "MASTER_ADDR": master[0],
+        "MASTER_PORT": str(master[1]),
+    }
+
+    def report(done: int, total: int, unit: str, **metrics: float) -> None:
+        if rank == 0:
+            mailbox.post.remote(done, total, unit, metrics)
+
+    return _with_threads(lambda work: fn(work, report), job, threads)
+
+
+def _with_threads(fn: Callable[[Any], Any], item: Any, threads: int) -> Any:
+    """fn(item) with torch held to `threads`: more OpenMP threads than free cores cost 10–100×."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+    return fn(item)
+
+
+def _get(ray: Any, ref: Any) -> Any:
+    """ray.get that raises a task's own exception, and StageFailed when a worker process died."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise StageFailed(f"a Ray worker died: {str(error).splitlines()[0]}; run again to resume") from None
+
+
+def _free_port() -> int:
+    for _ in range(64):
+        port = random.randint(20000, 29999)  # below Ray's own worker ports and the ephemeral range
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise StageFailed("no free TCP port between 20000 and 29999 for the process group")
+
+
+def _object_store_bytes(settings: Settings) -> int:
+    shm = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+    return max(80 << 20, min(settings.object_store_mb << 20, shutil.disk_usage(shm).free // 2))
