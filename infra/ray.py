@@ -8,6 +8,7 @@ Tasks, not actors: Ray keeps idle worker processes, so the next stage does not i
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from infra.errors import ConfigError, StageFailed
@@ -35,7 +37,7 @@ def session(settings: Settings | None = None) -> None:
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="warning")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"Ray at {address}: {error}; start it, or unset ray_address for a local one") from None
         return
@@ -45,7 +47,7 @@ def session(settings: Settings | None = None) -> None:
         num_cpus=max(os.cpu_count() or 1, settings.workers),
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="warning",
+        logging_level=logging.WARNING,
         object_store_memory=_object_store_bytes(settings),
     )
 
@@ -115,7 +117,7 @@ def spmd(
             f"{workers} workers × {threads} CPUs, but Ray has {resources.get('CPU', 0):.0f}: lower workers"
         )
     gpus = 1 if resources.get("GPU", 0) >= workers else 0
-    mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+    mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
     rank_task = ray.remote(_run_rank).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
     refs = [rank_task.remote(fn, job, mailbox, rank, workers, threads) for rank in range(workers)]
     try:
@@ -209,5 +211,5 @@ def _free_port() -> int:
 
 
 def _object_store_bytes(settings: Settings) -> int:
-    shm = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+    shm = "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
     return max(80 << 20, min(settings.object_store_mb << 20, shutil.disk_usage(shm).free // 2))
