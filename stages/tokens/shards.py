@@ -63,7 +63,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 class ShardWriter:
-    """Write one shard of each split. The shards of an artifact may be written side by side; `close` gives the index rows."""
+    """Write one shard of each split; `close` gives its index rows. An artifact's shards may be written side by side."""
 
     def __init__(self, directory: Path, shard: int, vocab_size: int) -> None:
         self._directory, self._shard = Path(directory), shard
