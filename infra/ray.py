@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ConfigError, StageFailed
+from infra.errors import ConfigError, FathomError, StageFailed
 from infra.metrics import Report
 from infra.settings import Settings
 
@@ -196,6 +196,8 @@ def _get(ray: Any, ref: Any) -> Any:
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, FathomError):
+            raise error.cause from None
         raise error.as_instanceof_cause() from None
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise StageFailed(f"a Ray worker died: {str(error).splitlines()[0]}; run again to resume") from None

@@ -11,11 +11,12 @@ in resume.py: it also holds the optimiser and never leaves the stage's scratch f
 import shutil
 from pathlib import Path
 
-from infra.errors import InputError
 from model.config import ModelConfig
 from model.transformer import Transformer
 from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_model as save_tensors
+
+from infra.errors import InputError
 
 WEIGHTS = "model.safetensors"
 CONFIG = "model.json"
@@ -49,9 +50,7 @@ def load_config(directory: Path | str) -> ModelConfig:
     """The ModelConfig of a checkpoint, without building anything."""
     path = Path(directory) / CONFIG
     if not path.is_file():
-        raise InputError(
-            f"{directory} is not a checkpoint: it has no {CONFIG}. Pass the folder of a checkpoint artifact."
-        )
+        raise InputError(f"{directory} is not a checkpoint: it has no {CONFIG}.")
     return ModelConfig.model_validate_json(path.read_text(encoding="utf-8"))
 
 
