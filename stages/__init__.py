@@ -1,1 +1,40 @@
-"""One file a stage: a frozen config and a plain function, artifacts in, one artifact out."""
+"""One file a stage: a frozen config and a plain function, artifacts in, one artifact out.
+
+Adding a stage is adding its file, its name to `NAMES`, and its test.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from infra.config import nearest
+from infra.errors import ConfigError
+from infra.stage import Stage
+
+NAMES = (
+    "ingest",
+    "deduplicate",
+    "filter",
+    "mix",
+    "train_tokenizer",
+    "tokenize",
+    "pretrain",
+    "extend_context",
+    "generate_problems",
+    "sft",
+    "grpo",
+    "rejection_sample",
+    "distill",
+    "evaluate",
+    "export",
+    "report",
+)
+
+
+def load(name: str) -> Stage:
+    """The stage of that name, imported on demand (some import torch); ConfigError names the nearest right one."""
+    if name not in NAMES:
+        raise ConfigError(f"no stage {name!r}; {nearest(name, NAMES)}")
+    found = getattr(importlib.import_module(f"stages.{name}"), name)
+    assert isinstance(found, Stage), name
+    return found
