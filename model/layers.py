@@ -1,0 +1,46 @@
+"""The small layers. Parameters may be wider than the arithmetic: every layer casts its weights to its input's dtype,
+so fp32 master weights train in bf16 when the embedding's output is cast (`Transformer.compute_dtype`)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ (+ b), in x's dtype; W [out, in]."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (1910.07467) over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) · up(x)), with gate and up as one product: `gate_up` rows are [gate, up]."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.gate_up = Linear(d_model, 2 * width)
+        self.down = Linear(width, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(kernels.swiglu(self.gate_up(x)))

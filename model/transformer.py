@@ -1,0 +1,180 @@
+"""The decoder: embedding, pre-norm blocks, final norm, head, and multi-token-prediction modules.
+
+Letters: B batch, T tokens, D model width, V vocabulary, L layers with experts, E routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from model.attention import GroupedQueryAttention, LatentAttention
+from model.config import ModelConfig
+from model.layers import Linear, RMSNorm, SwiGLU
+from model.moe import Balance, MoE
+from model.rope import Rotation, rotation
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts by `layer`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = LatentAttention(config) if config.is_mla else GroupedQueryAttention(config)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = MoE(config) if config.has_experts(layer) else SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> tuple[Tensor, Balance | None]:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask_BTT)
+        h_BTD = self.ffn_norm(x_BTD)
+        if isinstance(self.ffn, MoE):
+            y_BTD, balance = self.ffn(h_BTD)
+            return x_BTD + y_BTD, balance
+        return x_BTD + self.ffn(h_BTD), None
+
+
+class MultiTokenPrediction(nn.Module):
+    """One MTP module (V3, section 2.2): from the state at i and the token at i + k, the state that predicts i + k + 1.
+
+    h^k_i = block(W [norm(emb(t_{i+k})); norm(h^{k-1}_i)]), the halves in the published weights' order. States go in
+    and out behind their final norms, as the published inference code has it. Embedding and head are the main model's.
+    """
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__()
+        self.embedding_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.projection = Linear(2 * config.d_model, config.d_model)
+        self.block = Block(config, config.n_layers + depth)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(
+        self, hidden_BTD: Tensor, embedded_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None
+    ) -> tuple[Tensor, Balance | None]:
+        both = torch.cat([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], dim=-1)
+        x_BTD, balance = self.block(self.projection(both), rope, mask_BTT)
+        return self.norm(x_BTD), balance
+
+
+class Output:
+    """What a forward pass gives. Logits are made when asked for: training reads `hidden_BTD` and never holds them.
+
+    hidden_BTD: states behind the final norm. mtp_hidden: one [B, T − k, D] per MTP depth k = 1, 2, …
+    load_LE: tokens per routed expert of each layer with experts (MTP's blocks last), int64; None for a dense model.
+    balance_loss: Σ over those layers of the sequence-wise balance loss, not scaled by α; 0 for a dense model.
+    """
+
+    def __init__(
+        self, head_VD: Tensor, hidden_BTD: Tensor, mtp_hidden: list[Tensor], balances: Iterable[Balance | None]
+    ) -> None:
+        routed = [balance for balance in balances if balance is not None]
+        self._head_VD = head_VD
+        self.hidden_BTD, self.mtp_hidden = hidden_BTD, mtp_hidden
+        self.load_LE = torch.stack([balance.load_E for balance in routed]) if routed else None
+        losses = [balance.loss for balance in routed]
+        self.balance_loss = torch.stack(losses).sum() if losses else hidden_BTD.new_zeros((), dtype=torch.float32)
+
+    @cached_property
+    def logits_BTV(self) -> Tensor:  # noqa: N802
+        """fp32 logits of the next token."""
+        return self._logits(self.hidden_BTD)
+
+    @cached_property
+    def mtp_logits(self) -> list[Tensor]:
+        """fp32 logits [B, T − k, V] per MTP depth k: entry i predicts token i + k + 1."""
+        return [self._logits(hidden) for hidden in self.mtp_hidden]
+
+    def log_probs(self, targets_BT: Tensor, temperature: float = 1.0, depth: int = 0) -> Tensor:
+        """log p(target) of each position, fp32 [B, T], without holding logits; `depth` k reads MTP module k."""
+        hidden = self.mtp_hidden[depth - 1] if depth else self.hidden_BTD
+        assert hidden.shape[:2] == targets_BT.shape, (hidden.shape, targets_BT.shape)
+        log_probs_N = kernels.linear_log_probs(hidden.flatten(0, 1), self._head_VD, targets_BT.flatten(), temperature)
+        return log_probs_N.view_as(targets_BT)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self._head_VD.to(hidden.dtype)).float()
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model of the given config, freshly initialised (weights fp32, N(0, init_std)).
+
+    `compute_dtype` is the dtype of activations and of matrix products; None means that of the weights. With fp32
+    weights and torch.bfloat16 here, training keeps fp32 masters and multiplies in bf16.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layers)])
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+        self.mtp = nn.ModuleList([MultiTokenPrediction(config, depth) for depth in range(config.n_mtp)])
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Matrices ~ N(0, init_std²) as the papers have it, norms 1, biases 0; from torch's global generator."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.config.init_std)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, D]: the embedding's when tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedded tokens in the compute dtype."""
+        return self.embedding(tokens).to(self.compute_dtype or self.embedding.weight.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits [..., V] of states behind the final norm."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_BT: Tensor | None = None
+    ) -> Output:
+        """Predict every next token.
+
+        `document_BT` numbers the documents packed into each sequence: attention then stays inside a document.
+        `positions_BT` defaults to 0 … T − 1 (RoPE is relative: packed documents need no restart).
+        """
+        assert tokens_BT.ndim == 2, tokens_BT.shape
+        length = tokens_BT.shape[1]
+        embedded_BTD = self.embed(tokens_BT)
+        positions = torch.arange(length, device=tokens_BT.device) if positions_BT is None else positions_BT
+        rope = rotation(self.config, positions, embedded_BTD.dtype)
+        mask_BTT = None if document_BT is None else document_mask(document_BT)
+        x_BTD, balances = embedded_BTD, []
+        for block in self.blocks:
+            x_BTD, balance = block(x_BTD, rope, mask_BTT)
+            balances.append(balance)
+        hidden_BTD = self.norm(x_BTD)
+        mtp_hidden: list[Tensor] = []
+        for depth, module in enumerate(self.mtp, start=1):
+            kept = slice(0, length - depth)
+            previous = (mtp_hidden[-1] if mtp_hidden else hidden_BTD)[:, kept]
+            short_rope = Rotation(rope.cos[..., kept, :], rope.sin[..., kept, :])
+            short_mask = None if mask_BTT is None else mask_BTT[:, kept, kept]
+            hidden, balance = module(previous, embedded_BTD[:, depth:], short_rope, short_mask)
+            mtp_hidden.append(hidden)
+            balances.append(balance)
+        return Output(self.head_weight, hidden_BTD, mtp_hidden, balances)
+
+
+def document_mask(document_BT: Tensor) -> Tensor:
+    """True where query i may see key j: j ≤ i and both in the same document; [B, T, T]."""
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    return same_BTT.tril()
