@@ -1,0 +1,159 @@
+"""What a training step reads: micro-batches that are a function of their number.
+
+`batch(index)` gives this rank's rows of global micro-batch `index`. There is no position to save: a resumed run asks
+for the next number, and the rows of all ranks together are the same whatever the world size.
+
+Legend: B rows of this rank, T = sequence_length, N packed rows in all.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infra.errors import ConfigError
+from stages.tokens.loader import PackedLoader, permute
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of T + 1 tokens: 0..T-1 are inputs, 1..T their targets. All int64 [B, T + 1]; None where unused."""
+
+    tokens_BT: Tensor
+    loss_mask_BT: Tensor | None = None  # 1 on tokens to be learnt
+    document_BT: Tensor | None = None  # attention and targets stay inside one document
+    positions_BT: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if t is None else t.to(device, non_blocking=True) for name, t in values.items()})
+
+
+class Batches(Protocol):
+    def batch(self, index: int) -> Batch: ...
+
+
+class Data(Protocol):
+    """A picklable description of training data, opened inside each worker."""
+
+    sequence_length: int
+
+    def open(self, micro_batch: int, seed: int, rank: int, world: int) -> Batches: ...
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Shuffled windows of a tokens artifact's train split.
+
+    Documents are packed end to end and, as in V3's pre-training (section 4.2), attention crosses their borders unless
+    `mask_documents` is set.
+    """
+
+    directory: str
+    sequence_length: int
+    mask_documents: bool = False
+
+    def open(self, micro_batch: int, seed: int, rank: int, world: int) -> _Windows:
+        loader = PackedLoader(self.directory, "train", self.sequence_length, micro_batch, seed, rank, world, extra=1)
+        return _Windows(loader, self.mask_documents)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    loader: PackedLoader
+    mask_documents: bool
+
+    def batch(self, index: int) -> Batch:
+        item = self.loader.batch(index)
+        return Batch(item["tokens_BT"], document_BT=item["document_BT"] if self.mask_documents else None)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rendered conversations packed into rows; `path` is the file that `write_packed` left."""
+
+    path: str
+    sequence_length: int
+
+    def open(self, micro_batch: int, seed: int, rank: int, world: int) -> _Rows:
+        if micro_batch % world:
+            raise ConfigError(f"{micro_batch} rows do not divide over {world} ranks: choose a multiple")
+        arrays = {name: array.astype(np.int64) for name, array in np.load(self.path).items()}
+        share = micro_batch // world
+        return _Rows(arrays, micro_batch, np.arange(rank * share, (rank + 1) * share), seed)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    arrays: dict[str, np.ndarray]
+    micro_batch: int
+    mine_B: np.ndarray
+    seed: int
+
+    def batch(self, index: int) -> Batch:
+        """Epoch after epoch over all rows, each in its own order; a micro-batch may reach into the next epoch."""
+        n_rows = len(self.arrays["tokens"])
+        epochs, numbers = np.divmod(index * self.micro_batch + self.mine_B, n_rows)
+        rows_B = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows_B[here] = permute(numbers[here], n_rows, key=(self.seed << 64) | int(epoch))
+        tokens, mask, document, position = (
+            torch.from_numpy(self.arrays[name][rows_B]) for name in ("tokens", "loss_mask", "document", "position")
+        )
+        return Batch(tokens, mask, document, position)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit-decreasing: item numbers of each row, the lengths of a row adding up to at most `capacity`."""
+    rows: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for item in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        length = lengths[item]
+        assert length <= capacity, (length, capacity)
+        place = bisect_left(space, (length, -1))
+        if place == len(space):
+            rows.append([])
+            free, row = capacity, len(rows) - 1
+        else:
+            free, row = space.pop(place)
+        rows[row].append(item)
+        insort(space, (free - length, row))
+    return rows
+
+
+def write_packed(
+    path: Path, examples: Sequence[tuple[Sequence[int], Sequence[int]]], sequence_length: int, pad: int
+) -> int:
+    """Pack (ids, loss_mask) pairs into rows of sequence_length + 1 tokens and write them; the number of rows.
+
+    Every conversation keeps its own document number and positions from 0, so a packed row computes what its
+    conversations compute alone. The padding at a row's end is a document of its own, learnt from by nobody.
+    """
+    width = sequence_length + 1
+    rows = pack([len(ids) for ids, _ in examples], width)
+    tokens = np.full((len(rows), width), pad, np.int32)
+    loss_mask = np.zeros((len(rows), width), np.int8)
+    document = np.zeros((len(rows), width), np.int32)
+    position = np.zeros((len(rows), width), np.int32)
+    for row, items in enumerate(rows):
+        start = 0
+        for number, item in enumerate(items):
+            ids, mask = examples[item]
+            span = slice(start, start + len(ids))
+            tokens[row, span], loss_mask[row, span] = ids, mask
+            document[row, span], position[row, span] = number, np.arange(len(ids))
+            start = span.stop
+        document[row, start:], position[row, start:] = len(items), np.arange(width - start)
+    with path.open("wb") as file:
+        np.savez(file, tokens=tokens, loss_mask=loss_mask, document=document, position=position)
+    return len(rows)

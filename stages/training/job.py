@@ -1,0 +1,91 @@
+"""What a training stage asks for and what it gets back: config fields, the picklable job, the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from infra.config import Config, Field
+from model.config import ModelConfig
+from stages.training.data import Data
+from stages.training.schedules import BatchRamp, LearningRate
+from stages.training.validation import Validation
+
+
+class Optimization(Config):
+    """What every training stage's config begins with. Defaults are V3's (section 4.2) where they do not scale."""
+
+    batch_size: int = Field(32, title="Batch size", description="Sequences a step, over all ranks.", ge=1)
+    micro_batch_size: int = Field(16, title="Micro-batch", description="Most rows of one forward pass of a rank.", ge=1)
+    learning_rate: LearningRate = Field(title="Learning rate")
+    weight_decay: float = Field(0.1, title="Weight decay", description="Decoupled; matrices only.", ge=0)
+    beta1: float = Field(0.9, title="AdamW β₁", ge=0, lt=1)
+    beta2: float = Field(0.95, title="AdamW β₂", ge=0, lt=1)
+    gradient_clip: float = Field(1.0, title="Gradient clip", description="Largest L2 norm of all gradients.", gt=0)
+    mtp_weight: float = Field(0.3, title="MTP weight λ", description="Until 10T of V3's 14.8T tokens.", ge=0)
+    mtp_weight_final: float = Field(0.1, title="Final MTP weight λ", description="From there on.", ge=0)
+    balance_alpha: float = Field(1e-4, title="Balance α", description="Weight of the sequence-wise loss.", ge=0)
+    bias_update_speed: float = Field(1e-3, title="Bias update speed γ", description="0 after 14.3T of 14.8T.", ge=0)
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", title="Precision", description="Of activations and products; weights stay fp32."
+    )
+    seed: int = Field(0, title="Seed", description="Initial weights and data order.", ge=0)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a rank needs; picklable. Paths and `save_every` are context: they change no result."""
+
+    model: ModelConfig
+    optimization: Optimization
+    data: Data
+    steps: int
+    out: str  # where rank 0 leaves the trained checkpoint
+    scratch: str  # where resume states live
+    tokenizer: str | None = None  # folder whose tokenizer goes into `out`
+    initial: str | None = None  # checkpoint to start from; None starts from random weights
+    batch_ramp: BatchRamp | None = None
+    validation: Validation | None = None
+    save_every: int = 50
+    report_every: int = 1
+    steps_before: int = 0  # reported steps of earlier phases of the same stage
+    steps_in_all: int = 0  # of all phases; 0 means this job's
+
+
+@dataclass
+class Progress:
+    """What has been counted so far; saved with the weights, so that a resumed run's report is whole."""
+
+    step: int = 0
+    tokens: int = 0
+    micro_batches: int = 0
+    seconds: float = 0.0  # spent training, over all processes that worked on the job
+    skipped: int = 0
+    skipped_in_row: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one per reported step
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns on every rank."""
+
+    progress: Progress
+    flops: float
+    world: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.progress.tokens / self.progress.seconds
+
+    def values(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of every row that has `name`."""
+        return [(row["step"], row[name]) for row in self.progress.rows if name in row]
+
+    def last(self, name: str) -> float | None:
+        values = self.values(name)
+        return values[-1][1] if values else None
+
+
+def usable_workers(workers: int, batch_size: int) -> int:
+    """The most ranks, up to `workers`, that a batch divides over."""
+    return max(count for count in range(1, workers + 1) if batch_size % count == 0)

@@ -1,0 +1,240 @@
+"""The training loop of one rank: plain torch.distributed, no orchestration.
+
+    each step:  micro-batches → losses → gradients in one bucket → one all-reduce → clip → AdamW → routing biases
+
+`train(job, report)` is what `infra.ray.spmd`, `torchrun` or a test calls. A job that was killed at any step, called
+again with the same scratch folder, continues to the same weights, bit for bit on CPU: data is a function of the step,
+nothing in a step is random, and the state of resume.py has the rest. World size changes float rounding alone.
+
+Legend: B rows, T positions, L mixture layers (MTP's last), E routed experts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra.errors import ConfigError, FathomError
+from infra.metrics import Report
+from model.optimizer import build_optimizer
+from model.router import Router, update_routing_bias
+from model.transformer import Transformer
+from stages.training import schedules
+from stages.training.checkpoint import load_weights, save_model
+from stages.training.data import Batch
+from stages.training.distributed import GradientBucket, Ranks, process_group
+from stages.training.job import Progress, TrainJob, TrainResult
+from stages.training.losses import cross_entropy_sum, target_mask, total_loss
+from stages.training.resume import ResumeStore
+from stages.training.validation import bits_per_byte, validation_sets
+
+MAX_SKIPPED = 3  # non-finite steps in a row before the run is called off
+
+
+class TrainingDiverged(FathomError):
+    """Loss or gradients stopped being finite numbers."""
+
+    exit_code = 3
+
+
+def train(job: TrainJob, report: Report) -> TrainResult:
+    """Train to `job.steps`, from the state in `job.scratch` if there is one; rank 0 leaves the checkpoint `job.out`."""
+    with process_group() as ranks:
+        trainer = Trainer(job, ranks)
+        trainer.run(report)
+        if ranks.rank == 0:
+            save_model(job.out, trainer.model, job.tokenizer)
+        ranks.barrier()
+        flops = job.model.flops_per_token(job.data.sequence_length) * trainer.progress.tokens
+        return TrainResult(trainer.progress, float(flops), ranks.world)
+
+
+class Trainer:
+    """Model, optimiser and data of one rank, and the step that moves them."""
+
+    def __init__(self, job: TrainJob, ranks: Ranks) -> None:
+        self.job, self.ranks, options = job, ranks, job.optimization
+        if options.batch_size % ranks.world:
+            raise ConfigError(f"batch_size={options.batch_size} does not divide over {ranks.world} ranks")
+        torch.manual_seed(options.seed)
+        self.model = Transformer(job.model).to(ranks.device)
+        if job.initial is not None:
+            load_weights(self.model, job.initial)
+        self.model.compute_dtype = torch.bfloat16 if options.precision == "bf16" else None
+        self.optimizer = build_optimizer(
+            self.model, options.learning_rate.peak, options.weight_decay, (options.beta1, options.beta2)
+        )
+        rows = options.batch_size // ranks.world
+        micro_rows = max(size for size in range(1, options.micro_batch_size + 1) if rows % size == 0)
+        self.micro_batch = micro_rows * ranks.world
+        self.batch_sizes = schedules.batch_sizes(job.steps, options.batch_size, self.micro_batch, job.batch_ramp)
+        self.total_tokens = sum(self.batch_sizes) * job.data.sequence_length
+        self.batches = job.data.open(self.micro_batch, options.seed, ranks.rank, ranks.world)
+        self.sets = validation_sets(job.validation) if job.validation else []
+        self.load_shape = (job.model.n_moe_layers, job.model.n_routed_experts)
+        self.loads_LE = torch.zeros(self.load_shape, device=ranks.device)  # since the last validation
+        self.bucket = GradientBucket(list(self.model.parameters()), n_statistics=3 + self.loads_LE.numel())
+        self.progress = Progress()
+        self.store = ResumeStore(job.scratch)
+        if (state := self.store.load()) is not None:
+            self._restore(state)
+
+    def run(self, report: Report) -> None:
+        """All remaining steps, with validation before the first, every so often, and after the last."""
+        job, progress = self.job, self.progress
+        if progress.step == 0 and self.sets:
+            self._record(report, {"step": 0, **self._validate()})
+        since_seconds, since_tokens = progress.seconds, progress.tokens
+        while progress.step < job.steps:
+            started = time.monotonic()
+            row = self.step()
+            progress.seconds += time.monotonic() - started
+            last = progress.step == job.steps
+            if last or progress.step % job.report_every == 0:
+                row["tokens_per_second"] = (progress.tokens - since_tokens) / (progress.seconds - since_seconds)
+                since_seconds, since_tokens = progress.seconds, progress.tokens
+                if self.sets and (last or progress.step % job.validation.every == 0):
+                    row |= self._validate()
+                self._record(report, row)
+            if progress.step % job.save_every == 0 and not last and self.ranks.rank == 0:
+                self.store.save(progress.step, self._state())
+
+    def step(self) -> dict[str, Any]:
+        """One optimiser step; its row of metrics."""
+        options, progress, bucket = self.job.optimization, self.progress, self.bucket
+        share = progress.tokens / self.total_tokens
+        rate = options.learning_rate.at(progress.step, share)
+        mtp_lambda = options.mtp_weight if share < schedules.V3_CONSTANT_UNTIL else options.mtp_weight_final
+        sequences = self.batch_sizes[progress.step]
+        batches = self._read(sequences)
+        counts = self._target_counts(batches, sequences)
+        bucket.zero()
+        for batch in batches:
+            self._backward(batch, counts, len(batch.tokens_BT) / sequences, mtp_lambda)
+        bucket.reduce(self.ranks)
+        norm = bucket.clip(options.gradient_clip)
+        main, mtp, balance = bucket.statistics[:3].tolist()
+        loads_LE = bucket.statistics[3:].view(self.load_shape)
+        if math.isfinite(norm) and math.isfinite(main):
+            self._update(rate, loads_LE if share < schedules.V3_BIAS_UNTIL else None)
+        else:
+            self._skip(main, norm, rate)
+        self.loads_LE += loads_LE
+        progress.step += 1
+        progress.tokens += sequences * self.job.data.sequence_length
+        row = {"step": progress.step, "loss": main, "learning_rate": rate, "gradient_norm": norm}
+        row["tokens"] = progress.tokens
+        if self.job.model.n_mtp:
+            row["mtp_loss"] = mtp
+        if loads_LE.numel():
+            row |= {"balance_loss": balance, "max_violation": max_violation(loads_LE)}
+            row["bias_drift"] = bias_drift(self.model)
+        return row
+
+    def _read(self, sequences: int) -> list[Batch]:
+        """This rank's rows of the step's micro-batches, which are numbered through the run."""
+        first = self.progress.micro_batches
+        self.progress.micro_batches += sequences // self.micro_batch
+        return [self.batches.batch(n).to(self.ranks.device) for n in range(first, self.progress.micro_batches)]
+
+    def _target_counts(self, batches: list[Batch], sequences: int) -> list[float]:
+        """Targets of the whole step, of all ranks, at each depth (0 is next-token): what loss sums are divided by."""
+        depths = range(1 + self.job.model.n_mtp)
+        if target_mask(batches[0].loss_mask_BT, batches[0].document_BT) is None:
+            return [float(sequences * (self.job.data.sequence_length - depth)) for depth in depths]
+        counts = torch.zeros(len(depths), device=self.ranks.device)
+        for batch in batches:
+            for depth in depths:
+                counts[depth] += target_mask(batch.loss_mask_BT, batch.document_BT, depth).sum()
+        return self.ranks.all_reduce(counts).clamp(min=1).tolist()
+
+    def _backward(self, batch: Batch, counts: list[float], share: float, mtp_lambda: float) -> None:
+        """Add a micro-batch's part of the step's mean losses, of their gradients and of the loads to the bucket."""
+        tokens_BT, document_BT, positions_BT = batch.tokens_BT, batch.document_BT, batch.positions_BT
+        out = self.model(
+            tokens_BT[:, :-1],
+            positions_BT=None if positions_BT is None else positions_BT[:, :-1],
+            document_BT=None if document_BT is None else document_BT[:, :-1],
+        )
+        losses = [
+            cross_entropy_sum(
+                hidden_BTD,
+                self.model.head_weight,
+                tokens_BT[:, depth + 1 :],
+                target_mask(batch.loss_mask_BT, document_BT, depth),
+            )
+            / counts[depth]
+            for depth, hidden_BTD in enumerate([out.hidden_BTD, *out.mtp_hidden])
+        ]
+        balance = out.balance_loss * share
+        total_loss(losses[0], losses[1:], balance, mtp_lambda, self.job.optimization.balance_alpha).backward()
+        mtp = torch.stack(losses[1:]).mean() if len(losses) > 1 else torch.zeros_like(balance)
+        self.bucket.statistics[:3] += torch.stack([losses[0], mtp, balance]).detach()
+        if out.load_LE is not None:
+            self.bucket.statistics[3:] += out.load_LE.flatten()
+
+    def _update(self, rate: float, loads_LE: Tensor | None) -> None:
+        """AdamW at `rate`, then the routing biases by the step's loads (None once they are frozen)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        gamma = self.job.optimization.bias_update_speed
+        if gamma and loads_LE is not None and loads_LE.numel():
+            update_routing_bias(self.model, loads_LE, gamma)
+        self.progress.skipped_in_row = 0
+
+    def _skip(self, loss: float, norm: float, rate: float) -> None:
+        """Refuse a step whose loss or gradients are not finite; call the run off after a few in a row."""
+        self.progress.skipped += 1
+        self.progress.skipped_in_row += 1
+        if self.progress.skipped_in_row >= MAX_SKIPPED:
+            raise TrainingDiverged(
+                f"step {self.progress.step + 1}: loss {loss}, gradient norm {norm}, {MAX_SKIPPED} steps in a row at "
+                f"learning rate {rate:.3g}; lower learning_rate.peak or gradient_clip, or lengthen the warm-up"
+            )
+
+    def _validate(self) -> dict[str, Any]:
+        """Bits per byte by language, and how the experts were loaded since the last time."""
+        found = bits_per_byte(self.model, self.sets, self.ranks, self.micro_batch // self.ranks.world)
+        row: dict[str, Any] = {f"bits_per_byte_{language}": value for language, value in found.items()}
+        if self.loads_LE.any():
+            row |= {"global_max_violation": max_violation(self.loads_LE), "load": self.loads_LE.int().tolist()}
+            self.loads_LE.zero_()
+        return row
+
+    def _record(self, report: Report, row: dict[str, Any]) -> None:
+        """Keep a row and report its scalars."""
+        self.progress.rows.append(row)
+        done, total = self.job.steps_before + row["step"], self.job.steps_in_all or self.job.steps
+        scalars = {name: value for name, value in row.items() if name not in ("step", "load")}
+        report(done, total, "steps", **scalars)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loads": self.loads_LE,
+            "progress": asdict(self.progress),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loads_LE.copy_(state["loads"])
+        self.progress = Progress(**state["progress"])
+
+
+def max_violation(loads_LE: Tensor) -> float:
+    """MaxVio, (max load − mean load) / mean load, averaged over layers (2408.15664, section 3)."""
+    mean_L = loads_LE.mean(-1)
+    return float(((loads_LE.amax(-1) - mean_L) / mean_L.clamp(min=1)).mean())
+
+
+def bias_drift(model: Transformer) -> float:
+    """How far the furthest routing bias has moved from 0."""
+    return max(float(module.bias.abs().max()) for module in model.modules() if isinstance(module, Router))
