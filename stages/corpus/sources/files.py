@@ -1,0 +1,192 @@
+"""Files of the user's own: plain text, JSON Lines, Parquet; and any dataset that the `datasets` library can load.
+
+Large files are read in blocks (1 MiB of JSON Lines, a Parquet row group, 1,000 rows of a dataset), so that a limited
+ingest samples evenly and several workers share one file. A mistake is an InputError that names the file and the fix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import InputError
+from stages.corpus.sources import Raw
+
+BLOCK_BYTES = 1 << 20
+BLOCK_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class _Files:
+    """`path` is a file, a folder or a glob; `text_field` and `id_field` name columns."""
+
+    name: str
+    path: str
+    language: str | None
+    domain: str
+    license: str
+    text_field: str = "text"
+    id_field: str | None = None
+    suffixes: tuple[str, ...] = ()
+
+    def files(self) -> list[Path]:
+        path = Path(self.path)
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix in self.suffixes]
+        else:
+            matches = sorted(glob(self.path, recursive=True))  # noqa: PTH207 (an absolute pattern)
+            found = [Path(file) for file in matches if Path(file).is_file()]
+        if not found:
+            kinds = " or ".join(self.suffixes)
+            raise InputError(f"source.path: no file at {self.path!r}; give a {kinds} file, a folder of them or a glob")
+        return found
+
+    def row(self, values: Mapping[str, Any], key: str, where: str) -> Raw:
+        text = values.get(self.text_field)
+        if text is None and self.text_field not in values:
+            have = ", ".join(sorted(values)) or "none"
+            raise InputError(f"{where}: no field {self.text_field!r} (it has {have}); set source.text_field")
+        if not isinstance(text, str):
+            raise InputError(f"{where}: the field {self.text_field!r} is {type(text).__name__}, not text")
+        if self.id_field is not None:
+            if self.id_field not in values:
+                raise InputError(f"{where}: no field {self.id_field!r}; set source.id_field, or leave it out")
+            key = str(values[self.id_field])
+        return Raw(key, text)
+
+
+@dataclass(frozen=True)
+class TextFiles(_Files):
+    """One document a file."""
+
+    suffixes: tuple[str, ...] = (".txt", ".md", ".rst")
+
+    def units(self) -> list[str]:
+        return [str(file) for file in self.files()]
+
+    def read(self, unit: str) -> list[Raw]:
+        return [Raw(unit, decode(Path(unit).read_bytes(), unit))]
+
+
+@dataclass(frozen=True)
+class JsonLines(_Files):
+    """One document a line."""
+
+    suffixes: tuple[str, ...] = (".jsonl", ".ndjson", ".json")
+
+    def units(self) -> list[str]:
+        sizes = ((file, file.stat().st_size) for file in self.files())
+        return [f"{file}:{start}" for file, size in sizes for start in range(0, size, BLOCK_BYTES)]
+
+    def read(self, unit: str) -> list[Raw]:
+        """The lines that begin inside the block."""
+        path, _, start = unit.rpartition(":")
+        first, rows = int(start), []
+        with Path(path).open("rb") as file:
+            if first:
+                file.seek(first - 1)
+                file.readline()  # the rest of a line that the block before reads
+            while (offset := file.tell()) < first + BLOCK_BYTES and (line := file.readline()):
+                if line.strip():
+                    rows.append(self._parse(line, path, offset))
+        return rows
+
+    def _parse(self, line: bytes, path: str, offset: int) -> Raw:
+        where = f"{path} at byte {offset}"
+        try:
+            values = json.loads(decode(line, where))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not a JSON value ({error.msg}); every line must be one object") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{where}: a line must be a JSON object, this is {type(values).__name__}")
+        return self.row(values, f"{Path(path).name}:{offset}", where)
+
+
+@dataclass(frozen=True)
+class Parquet(_Files):
+    """One document a row."""
+
+    suffixes: tuple[str, ...] = (".parquet",)
+
+    def units(self) -> list[str]:
+        counts = ((file, _parquet(str(file)).num_row_groups) for file in self.files())
+        return [f"{file}:{group}" for file, count in counts for group in range(count)]
+
+    def read(self, unit: str) -> list[Raw]:
+        path, _, group = unit.rpartition(":")
+        file = _parquet(path)
+        columns = [self.text_field] + ([self.id_field] if self.id_field else [])
+        self.row(dict.fromkeys(file.schema_arrow.names, ""), "", path)  # complain about columns by name
+        try:
+            rows = file.read_row_group(int(group), columns=columns).to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{path}: row group {group} is corrupt ({_line(error)}); write the file again") from None
+        return [self.row(row, f"{Path(path).name}:{group}:{i}", path) for i, row in enumerate(rows)]
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset by the name that `datasets.load_dataset` knows, or a folder on this machine."""
+
+    name: str
+    path: str
+    subset: str | None
+    split: str
+    text_field: str
+    language: str | None
+    domain: str
+    license: str
+
+    def units(self) -> list[str]:
+        data = _load_dataset(self.path, self.subset, self.split)
+        if self.text_field not in data.column_names:
+            have = ", ".join(data.column_names)
+            raise InputError(
+                f"dataset {self.path}: no column {self.text_field!r} (it has {have}); set source.text_field"
+            )
+        return [str(start) for start in range(0, len(data), BLOCK_ROWS)]
+
+    def read(self, unit: str) -> list[Raw]:
+        data = _load_dataset(self.path, self.subset, self.split)
+        texts = data[int(unit) : int(unit) + BLOCK_ROWS][self.text_field]
+        return [Raw(f"{self.split}/{row}", text) for row, text in enumerate(texts, int(unit))]
+
+
+def decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start} (0x{data[error.start]:02x})"
+        raise InputError(f"{where}: {place} is not UTF-8; convert it, e.g. iconv -f GB18030 -t UTF-8") from None
+
+
+def _parquet(path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is not a readable Parquet file ({_line(error)}): write it again") from None
+
+
+@cache
+def _load_dataset(path: str, subset: str | None, split: str) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(path, subset, split=split)
+    except (DatasetNotFoundError, FileNotFoundError, ValueError, ConnectionError) as error:
+        raise InputError(f"datasets cannot load {path!r} (split {split!r}): {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
