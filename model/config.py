@@ -41,7 +41,7 @@ class ModelConfig(Config):
     original_max_position: int | None = Field(None, title="Context before YaRN", ge=1)
     beta_fast: float = Field(32.0, title="YaRN beta", gt=0, description="Rotations above which a dimension is kept")
     beta_slow: float = Field(1.0, title="YaRN alpha", gt=0, description="Rotations below which it is interpolated")
-    mscale: float = Field(1.0, title="YaRN mscale", ge=0, description="MLA: weight of ln s in the cosines' factor")
+    mscale: float = Field(1.0, title="YaRN mscale", gt=0, description="MLA: weight of ln s in the cosines' factor")
     mscale_all_dim: float = Field(1.0, title="YaRN mscale_all_dim", ge=0, description="MLA: in the softmax scale")
 
     q_lora_rank: int | None = Field(None, title="Query latent width", ge=1, description="None: no query compression")
@@ -145,6 +145,10 @@ class ModelConfig(Config):
             (
                 self.rope_factor > 1 and self.original_max_position is None,
                 "rope_factor > 1 asks for YaRN: set original_max_position, the context before the extension",
+            ),
+            (
+                self.mscale_all_dim == 0 and self.mscale != 1,
+                "mscale_all_dim=0 leaves YaRN's whole factor to the cosines, unweighted: set mscale=1",
             ),
             (
                 self.rope_factor > 1 and self.max_position > self.rope_factor * (self.original_max_position or 0),

@@ -1,0 +1,217 @@
+"""Parity with transformers, the oracle for every published layout, and exact round trips."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import MtpModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from infra.errors import ConfigError, InputError
+from model.config import ModelConfig
+from model.exchange import export_hf, import_hf
+from model.rope import attention_factor, inverse_frequencies
+from model.router import Router
+from model.transformer import Transformer
+
+YARN = {"rope_factor": 4.0, "original_max_position": 64, "max_position": 256, "beta_fast": 8.0}
+
+
+def deepseek(seed: int) -> ModelConfig:
+    """A V3- or V2-shaped config; seeds walk through the switches, the widths are random."""
+    rng = random.Random(seed)
+    groups = rng.choice([1, 2, 4])
+    experts = rng.choice([8, 16])
+    return ModelConfig(
+        vocab_size=rng.choice([97, 128]),
+        d_model=rng.choice([32, 48]),
+        n_layers=3,
+        n_heads=rng.choice([2, 4]),
+        d_ff=rng.choice([40, 64]),
+        q_lora_rank=rng.choice([16, 24]) if seed % 2 else None,
+        kv_lora_rank=rng.choice([16, 24]),
+        qk_nope_head_dim=rng.choice([8, 16]),
+        qk_rope_head_dim=rng.choice([4, 8]),
+        v_head_dim=rng.choice([8, 12]),
+        n_dense_layers=seed % 3,
+        n_routed_experts=experts,
+        n_activated_experts=rng.choice([2, 4]),
+        n_shared_experts=rng.choice([1, 2]),
+        moe_d_ff=rng.choice([12, 16]),
+        n_groups=groups,
+        n_limited_groups=max(1, groups // 2),
+        route_scale=rng.choice([1.0, 2.5]),
+        score_function="softmax" if seed % 4 == 3 else "sigmoid",
+        tie_embeddings=seed == 4,
+        init_std=0.1,
+        **({**YARN, "mscale": 0.707, "mscale_all_dim": rng.choice([0.707, 1.0])} if seed % 2 == 0 else {}),
+    )
+
+
+def grouped(family: str, **changes) -> ModelConfig:
+    widths = {"d_model": 48, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 80, "vocab_size": 97}
+    return ModelConfig(family=family, init_std=0.1, **{**widths, **changes})
+
+
+CASES = {
+    **{f"deepseek_{seed}": deepseek(seed) for seed in range(8)},
+    "deepseek_dense": deepseek(1).replace(
+        n_routed_experts=0, n_activated_experts=0, n_shared_experts=0, n_dense_layers=0, n_groups=1, n_limited_groups=1
+    ),
+    "llama": grouped("llama"),
+    "llama_yarn_tied": grouped("llama", tie_embeddings=True, **YARN),
+    "llama_wide_heads": grouped("llama", head_dim=16, n_kv_heads=1),
+    "qwen2": grouped("qwen2", n_kv_heads=4),
+    "qwen2_yarn_tied": grouped("qwen2", tie_embeddings=True, rope_theta=1e6, **YARN),
+}
+
+
+def build(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A model whose norms, biases and routing biases are not at their initial values either."""
+    torch.manual_seed(seed)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, Router) and config.score_function == "sigmoid":
+                module.bias.uniform_(-0.3, 0.3)
+    return model
+
+
+def same_state(a: Transformer, b: Transformer) -> None:
+    theirs = b.state_dict()
+    assert a.state_dict().keys() == theirs.keys()
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_transformers_and_the_round_trip_is_exact(name, tmp_path):
+    model = build(CASES[name])
+    export_hf(model, tmp_path)
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens_BT = torch.randint(model.config.vocab_size, (3, 40))
+    with torch.no_grad():
+        error = (oracle(tokens_BT).logits - model(tokens_BT).logits_BTV).abs().max().item()
+    print(f"{name}: max |Δlogit| {error:.2e}")
+    assert error <= 1e-4
+    back = import_hf(tmp_path)
+    assert back.config == model.config
+    same_state(model, back)
+
+
+@pytest.mark.parametrize("name", ["deepseek_0", "deepseek_1", "deepseek_3", "llama_yarn_tied", "qwen2"])
+def test_what_transformers_saves_comes_back_exactly_sharded_or_not(name, tmp_path):
+    model = build(CASES[name])
+    export_hf(model, tmp_path / "ours")
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    oracle.save_pretrained(tmp_path / "whole")
+    oracle.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    assert (tmp_path / "sharded/model.safetensors.index.json").exists()
+    same_state(model, import_hf(tmp_path / "whole"))
+    same_state(model, import_hf(tmp_path / "sharded"))
+
+
+def test_mtp_modules_keep_the_published_layout_and_equal_transformers(tmp_path):
+    model = build(CASES["deepseek_1"].replace(n_mtp=1))
+    config = model.config
+    export_hf(model, tmp_path)
+    prefix = f"model.layers.{config.n_layers}."
+    tensors = load_file(tmp_path / "model.safetensors")
+    published = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    assert {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"} <= published
+    assert torch.equal(tensors[prefix + "embed_tokens.weight"], model.embedding.weight)
+    assert torch.equal(tensors[prefix + "shared_head.head.weight"], model.head_weight)
+    assert json.loads((tmp_path / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    same_state(model, import_hf(tmp_path))
+
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    module = MtpModel(oracle, 1).eval().layers[0]
+    rename = {"shared_head.norm.weight": "post_norm.weight"}
+    main = {"enorm", "hnorm", "eh_proj", "shared_head", "embed_tokens"}
+    state = {}
+    for name in sorted(published - {"embed_tokens.weight", "shared_head.head.weight"}):
+        inside = name if name.split(".")[0] in main else f"mtp_block.{name}"
+        state[rename.get(name, inside)] = tensors[prefix + name]
+    experts = [[state.pop(f"mtp_block.mlp.experts.{e}.{x}_proj.weight") for x in ("gate", "up", "down")]
+               for e in range(config.n_routed_experts)]  # fmt: skip
+    state["mtp_block.mlp.experts.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in experts])
+    state["mtp_block.mlp.experts.down_proj"] = torch.stack([down for _, _, down in experts])
+    module.load_state_dict(state)
+    tokens_BT = torch.randint(config.vocab_size, (2, 20))
+    with torch.no_grad():
+        out = model(tokens_BT)
+        embedded = oracle.model.embed_tokens(tokens_BT)[:, 1:]
+        positions = torch.arange(19)[None]
+        hidden = module(
+            embedded,
+            oracle.model(tokens_BT).last_hidden_state[:, :-1],
+            oracle.model.rotary_emb(embedded, positions),
+            torch.full((19, 19), float("-inf")).triu(1)[None, None],
+            positions,
+            None,
+        )
+        expected = oracle.lm_head(hidden)
+    assert out.mtp_logits[0].shape == expected.shape
+    assert (out.mtp_logits[0] - expected).abs().max() <= 1e-4
+
+
+def test_yarn_frequencies_equal_those_of_transformers(tmp_path):
+    for name in ("deepseek_0", "llama_yarn_tied", "qwen2_yarn_tied"):
+        config = CASES[name]
+        export_hf(Transformer(config), tmp_path / name)
+        oracle = AutoModelForCausalLM.from_pretrained(tmp_path / name).config
+        frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](oracle, torch.device("cpu"))
+        torch.testing.assert_close(inverse_frequencies(config), frequencies, rtol=1e-6, atol=0)
+        assert attention_factor(config) == pytest.approx(factor, rel=1e-12)
+
+
+def test_the_released_form_of_v3_config_and_fp8_weights_is_read(tmp_path):
+    """Released V3: `rope_scaling`, `rope_theta`, FP8 weights with a scale per 128 x 128 block."""
+    config = CASES["deepseek_1"].replace(d_model=160, **YARN)
+    model = build(config)
+    export_hf(model, tmp_path)
+    published = json.loads((tmp_path / "config.json").read_text())
+    rope = published.pop("rope_parameters")
+    published["rope_theta"] = rope.pop("rope_theta")
+    published["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    scale = torch.full((2, 1), 0.5)
+    scale[1] = 0.25
+    tensors[name + "_scale_inv"] = scale
+    tensors[name] = (tensors[name] / scale.repeat_interleave(128, 0)[:160]).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    back = import_hf(tmp_path)
+    assert back.config == config
+    read = back.blocks[0].attention.out.weight.float()
+    assert torch.equal(read, (tensors[name].float() * scale.repeat_interleave(128, 0)[:160]).bfloat16().float())
+    torch.testing.assert_close(read, model.blocks[0].attention.out.weight, rtol=0.08, atol=0.01)
+
+
+def test_a_missing_tensor_and_an_unknown_architecture_say_so(tmp_path):
+    model = build(CASES["llama"])
+    export_hf(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        import_hf(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match="mamba"):
+        import_hf(tmp_path)
+    with pytest.raises(InputError, match="not a published checkpoint"):
+        import_hf(tmp_path / "nowhere")
+
+
+def test_a_routing_bias_that_v2_has_no_place_for_is_refused(tmp_path):
+    model = build(CASES["deepseek_3"])
+    next(module for module in model.modules() if isinstance(module, Router)).bias[0] = 1.0
+    with pytest.raises(ConfigError, match=r"router\.bias"):
+        export_hf(model, tmp_path)
