@@ -45,6 +45,11 @@ class Problem:
     def split(self) -> Split:
         return split_of(self.family, self.content)
 
+    @property
+    def worked(self) -> str:
+        """Question and worked reply as one plain text: how worked problems look in a pre-training mix."""
+        return f"{self.question}\n<think>{self.chain}</think><answer>{self.answer}</answer>"
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=True)
 

@@ -1,0 +1,67 @@
+"""From sampled rows to one record a problem, and from records to figures with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from stages.evaluation.intervals import bootstrap_mean
+from stages.evaluation.pass_at_k import consensus, pass_at_k
+from stages.problems.problem import Problem
+from stages.problems.verify import verify
+from stages.rl.rewards import parse
+
+PROBLEM_SCHEMA = pa.schema(
+    [("problem_id", pa.string()), ("family", pa.string()), ("language", pa.string()), ("level", pa.int32())]
+    + [("samples", pa.int32())]
+    + [(name, pa.float64()) for name in ("pass_1", "pass_k", "consensus", "format", "language_consistency", "length")]
+)
+MEASURES = ("pass_1", "pass_k", "consensus", "format", "language_consistency", "length")
+
+
+def problem_record(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the n samples of one problem say. pass_1 is their mean correctness, pass_k that any of them is right."""
+    n = len(rows)
+    correct = sum(row["accuracy"] >= 1 for row in rows)
+    replies = [parse(row["completion"]) for row in rows]
+    answers = [reply.answer.strip(" ") if reply else None for reply in replies]
+    return {
+        "problem_id": problem.id,
+        "family": problem.family,
+        "language": problem.language,
+        "level": problem.level,
+        "samples": n,
+        "pass_1": pass_at_k(n, correct, 1),
+        "pass_k": pass_at_k(n, correct, n),
+        "consensus": consensus(answers, lambda answer: verify(problem, answer)),
+        "format": sum(row["format"] for row in rows) / n,
+        "language_consistency": sum(row["language_consistency"] for row in rows) / n,
+        "length": sum(row["tokens"] for row in rows) / n,
+    }
+
+
+def table(records: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """One row for everything, each language, each family and each pair: means with 95 % intervals over problems."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        for family in ("all", record["family"]):
+            for language in ("all", record["language"]):
+                groups.setdefault((family, language), []).append(record)
+    return [
+        {"family": family, "language": language, "problems": len(members), **_measures(members, seed)}
+        for (family, language), members in sorted(groups.items(), key=lambda item: _all_first(item[0]))
+    ]
+
+
+def _measures(members: Sequence[dict[str, Any]], seed: int) -> dict[str, float]:
+    figures = {}
+    for measure in MEASURES:
+        interval = bootstrap_mean([member[measure] for member in members], seed=seed)
+        figures |= {measure: interval.mean, f"{measure}_low": interval.low, f"{measure}_high": interval.high}
+    return figures
+
+
+def _all_first(key: tuple[str, str]) -> tuple[tuple[bool, str], ...]:
+    return tuple((name != "all", name) for name in key)

@@ -1,0 +1,32 @@
+"""Problems with exact answers, drawn from our own families: what reinforcement learning and evaluation ask."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from infra.config import Config, Field
+from infra.stage import Context, Inputs, stage
+from stages.problems.problem import Language, write_problems
+from stages.problems.registry import FAMILIES, generate
+
+
+class GenerateProblemsConfig(Config):
+    families: tuple[str, ...] = Field(tuple(FAMILIES), min_length=1, title="Families")
+    languages: tuple[Language, ...] = Field(("en", "zh"), min_length=1, title="Languages")
+    levels: tuple[int, ...] = Field((), title="Levels", description="Empty: all that each family has")
+    n_train: int = Field(20_000, ge=1, title="Training problems")
+    n_heldout: int = Field(400, ge=1, title="Held-out problems")
+    seed: int = Field(0, title="Seed")
+
+
+@stage(version=1, makes="problems")
+def generate_problems(config: GenerateProblemsConfig, inputs: Inputs, ctx: Context) -> dict:
+    """Draw distinct training and held-out problems; the split is a hash of the content, so no seed can leak."""
+    summary: dict = {}
+    for split, count in (("train", config.n_train), ("heldout", config.n_heldout)):
+        problems = generate(config.families, config.languages, count, config.seed, split, levels=config.levels or None)
+        summary[f"n_{split}"] = write_problems(ctx.out / f"{split}.jsonl", problems)
+        for (family, language), number in sorted(Counter((p.family, p.language) for p in problems).items()):
+            summary[f"{split}_{family}_{language}"] = number
+        ctx.report(len(summary), len(summary), "problems")
+    return summary

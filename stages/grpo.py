@@ -1,0 +1,107 @@
+"""Reinforcement learning from verifiable rewards: GRPO (DeepSeekMath, section 4; DeepSeek-R1, sections 2.2 and 2.3).
+
+From a base model with the template `r1_zero` this is R1-Zero; from the cold start with `chat` and a language reward it
+is R1's reasoning stage.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+from pydantic import model_validator
+
+from infra.config import Config, Field
+from infra.errors import InputError
+from infra.ray import spmd
+from infra.stage import Context, Inputs, stage
+from stages.evaluation.plots import Panel, plot_curves
+from stages.problems.problem import Language, read_problems
+from stages.problems.selection import ProblemFilter
+from stages.rl.engines import EngineName
+from stages.rl.learner import ROLLOUTS, GrpoJob, learn, read_history
+from stages.rl.prompts import Template
+from stages.rl.rewards import RewardWeights
+
+
+class GrpoConfig(Config):
+    """Defaults are sized for two CPU cores; the papers' figures stand in the descriptions."""
+
+    name: str = Field("", title="Name", description="What the checkpoint is called in reports")
+    template: Template = Field("chat", title="Template", description="r1_zero: base model, no chat markers")
+    problems: ProblemFilter = Field(ProblemFilter(), title="Problems", description="Which of them to learn from")
+    target_language: Language | None = Field(None, title="Target language", description="None: the question's own")
+    rewards: RewardWeights = Field(RewardWeights(), title="Rewards")
+
+    steps: int = Field(60, ge=1, title="Steps", description="Explorations")
+    groups_per_step: int = Field(16, ge=1, title="Questions a step", description="R1-Zero: 32")
+    group_size: int = Field(16, ge=2, title="Replies a question", description="R1-Zero: 16, DeepSeekMath: 64")
+    rollout_groups: int = Field(8, ge=1, title="Questions a chunk", description="Generated together by one worker")
+    updates_per_exploration: int = Field(1, ge=1, title="Updates an exploration")
+    max_new_tokens: int = Field(64, ge=1, title="Longest reply", description="R1-Zero: 32768, then 65536")
+    temperature: float = Field(1.0, gt=0, title="Temperature")
+
+    learning_rate: float = Field(2e-4, ge=0, title="Learning rate", description="R1-Zero: 3e-6, DeepSeekMath: 1e-6")
+    warmup_steps: int = Field(0, ge=0, title="Warm-up steps")
+    weight_decay: float = Field(0.0, ge=0, title="Weight decay")
+    max_gradient_norm: float = Field(1.0, gt=0, title="Gradient clip")
+    clip: float = Field(0.2, gt=0, lt=1, title="Ratio clip", description="ε; acts from the second update on")
+    kl_coefficient: float = Field(0.001, ge=0, title="KL coefficient", description="R1-Zero: 0.001, DeepSeekMath: 0.04")
+    reference_renew_every: int = Field(400, ge=0, title="Renew reference every", description="Steps; 0: never")
+
+    engine: EngineName = Field("native", title="Engine")
+    micro_batch_tokens: int = Field(8192, ge=1, title="Tokens a micro-batch", description="Padded; bounds the memory")
+    save_every: int = Field(10, ge=1, title="Save every", description="Steps between resume points")
+    keep_rollouts_every: int = Field(10, ge=0, title="Keep rollouts every", description="Steps, and the last; 0: none")
+    seed: int = Field(0, title="Seed")
+
+    @property
+    def languages(self) -> tuple[Language, ...]:
+        return self.problems.languages
+
+    @model_validator(mode="after")
+    def _chunks_fill_a_step(self) -> GrpoConfig:
+        if self.groups_per_step % self.rollout_groups:
+            raise ValueError(
+                f"rollout_groups={self.rollout_groups} must divide groups_per_step={self.groups_per_step}: "
+                "chunks are dealt out to the workers whole"
+            )
+        return self
+
+
+@stage(version=1, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="checkpoint")
+def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
+    """Improve a checkpoint by group relative policy optimisation on problems with exact answers."""
+    problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
+    if not problems:
+        raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
+    job = GrpoJob(config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch))
+    spmd(learn, job, ctx, workers=min(ctx.workers, config.groups_per_step // config.rollout_groups))
+    rows = read_history(ctx.scratch)
+    for path in sorted((ctx.scratch / ROLLOUTS).glob("rollouts-*.parquet")):
+        shutil.copy(path, ctx.out / path.name)
+    plot_curves(ctx.out / "curves.png", rows, PANELS)
+    return {"name": config.name or "grpo", **summarise(rows)}
+
+
+PANELS = (
+    Panel("Reward", ("reward",)),
+    Panel("Accuracy", ("accuracy", "accuracy_en", "accuracy_zh")),
+    Panel("Format and language", ("format", "language")),
+    Panel("Reply length, tokens", ("length",)),
+    Panel("Entropy, nats a token", ("entropy",)),
+    Panel("KL to the reference and to the engine", ("kl", "mismatch_kl")),
+)
+
+
+def summarise(rows: list[dict]) -> dict:
+    """First and last values, each the mean of a tenth of the steps (one step is a noisy sample), and the totals."""
+    tenth = max(1, len(rows) // 10)
+    summary: dict = {"steps": len(rows), "flops": rows[-1]["flops"]}
+    summary["reply_tokens"] = int(sum(row["reply_tokens"] for row in rows))
+    for name in ("reward", "accuracy", "format", "language", "length", "entropy"):
+        summary[f"{name}_first"] = round(sum(row[name] for row in rows[:tenth]) / tenth, 4)
+        summary[f"{name}_last"] = round(sum(row[name] for row in rows[-tenth:]) / tenth, 4)
+    summary["kl_last"] = round(sum(row["kl"] for row in rows[-tenth:]) / tenth, 6)
+    summary["mismatch_kl_max"] = max(row["mismatch_kl"] for row in rows)
+    summary["mismatch_max_ratio"] = max(row["mismatch_max_ratio"] for row in rows)
+    return summary

@@ -1,0 +1,117 @@
+"""Rejection sampling: a model's own right replies become conversations to train on (DeepSeek-R1, section 2.3.3).
+
+k replies to every problem; of those that are right, well-formed, in one language, short enough and free of code blocks,
+up to `keep_per_problem` different ones stay. The summary counts every reason to drop, in the order they are asked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.config import Config, Field
+from infra.errors import InputError
+from infra.ray import spmd
+from infra.stage import Context, Inputs, stage
+from stages.problems.problem import Problem, read_problems
+from stages.problems.selection import ProblemFilter
+from stages.rl.prompts import Template
+from stages.rl.sample import SampleJob, gather, sample
+
+CONVERSATIONS = pa.schema([(name, pa.string()) for name in ("id", "messages", "problem", "language", "family")])
+
+
+class RejectionSampleConfig(Config):
+    problems: ProblemFilter = Field(ProblemFilter(limit=1000), title="Problems", description="Of the training split")
+    template: Template = Field("chat", title="Template")
+    samples: int = Field(8, ge=1, title="Samples a problem")
+    keep_per_problem: int = Field(2, ge=1, title="Keep a problem", description="Different right replies at most")
+    max_new_tokens: int = Field(64, ge=1, title="Longest reply")
+    temperature: float = Field(1.0, gt=0, title="Temperature")
+    top_p: float = Field(1.0, gt=0, le=1, title="Top-p")
+    min_consistency: float = Field(1.0, ge=0, le=1, title="Language consistency", description="Least share that stays")
+    max_tokens: int = Field(10_000, ge=1, title="Longest kept reply", description="Tokens; R1 drops long paragraphs")
+    seed: int = Field(0, title="Seed")
+
+
+@stage(version=1, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="conversations")
+def rejection_sample(config: RejectionSampleConfig, inputs: Inputs, ctx: Context) -> dict:
+    """Sample replies to training problems and keep the right, clean and different ones as conversations."""
+    problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
+    if not problems:
+        raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
+    job = SampleJob(
+        checkpoint=str(inputs["checkpoint"].path),
+        problems=problems,
+        samples=config.samples,
+        template=config.template,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    grouped = gather(spmd(sample, job, ctx), len(problems))
+    conversations, counts, solved = [], Counter(), 0
+    for problem, rows in zip(problems, grouped, strict=True):
+        kept, dropped = choose(rows, config)
+        counts += dropped
+        solved += bool(kept)
+        conversations += [conversation(problem, row, number) for number, row in enumerate(kept)]
+    if not conversations:
+        raise InputError(f"no reply of {job.samples * len(problems)} survived ({dict(counts)}): nothing to train on")
+    pq.write_table(pa.Table.from_pylist(conversations, CONVERSATIONS), ctx.out / "conversations-00000.parquet")
+    return {
+        "conversations": len(conversations),
+        "problems": len(problems),
+        "problems_solved": solved,
+        "samples": len(problems) * config.samples,
+        **{f"dropped_{reason}": counts[reason] for reason in REASONS},
+    }
+
+
+REASONS = ("malformed", "wrong", "mixed_language", "code_block", "long", "duplicate", "enough")
+
+
+def choose(rows: list[dict[str, Any]], config: RejectionSampleConfig) -> tuple[list[dict[str, Any]], Counter]:
+    """(replies that stay, number of dropped ones by reason) of one problem."""
+    kept: list[dict[str, Any]] = []
+    dropped: Counter = Counter()
+    for row in rows:
+        reason = why_not(row, config)
+        if reason is None and any(row["completion"] == other["completion"] for other in kept):
+            reason = "duplicate"
+        if reason is None and len(kept) == config.keep_per_problem:
+            reason = "enough"
+        if reason is None:
+            kept.append(row)
+        else:
+            dropped[reason] += 1
+    return kept, dropped
+
+
+def why_not(row: dict[str, Any], config: RejectionSampleConfig) -> str | None:
+    """The first reason to drop a reply, whatever the other replies say; None if there is none."""
+    if row["format"] < 1:
+        return "malformed"
+    if row["accuracy"] < 1:
+        return "wrong"
+    if row["language_consistency"] < config.min_consistency:
+        return "mixed_language"
+    if "```" in row["completion"]:
+        return "code_block"
+    return "long" if row["tokens"] > config.max_tokens else None
+
+
+def conversation(problem: Problem, row: dict[str, Any], number: int) -> dict[str, str]:
+    messages = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": row["completion"]}]
+    return {
+        "id": f"{problem.id}/{number}",
+        "messages": json.dumps(messages, ensure_ascii=False),
+        "problem": problem.to_json(),
+        "language": problem.language,
+        "family": problem.family,
+    }

@@ -1,0 +1,282 @@
+"""GRPO's per-worker program: plain torch, so `torchrun` can start it where there is no Ray.
+
+Every rank holds the model, an engine of its own and the frozen reference. A step: draw the step's questions, explore
+this rank's share of them, normalise rewards within groups, add this share's gradient to the flat bucket, all-reduce
+once, update. Every rank explores *and* learns, so that no kind of worker waits for the other.
+
+What makes a killed run continue to the last bit: the questions and the seeds of step s are functions of (seed, s,
+chunk), so the model, the optimiser and the reference are the whole state. A chunk is `rollout_groups` questions;
+chunks, not ranks, own the seeds, so the replies do not depend on how many ranks share the work.
+
+Legend: P questions, G replies to each, B replies of a micro-batch, T positions, N reply tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import time
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import kernels
+from infra.metrics import Report
+from model.optimizer import build_optimizer
+from model.transformer import Transformer
+from stages.problems.problem import Problem
+from stages.rl.advantages import group_normalised
+from stages.rl.engines import open_engine
+from stages.rl.engines.base import Sampling
+from stages.rl.mismatch import mismatch
+from stages.rl.policy_loss import PolicyBatch, policy_loss
+from stages.rl.rollout import Rollout, explore, write_rollouts
+from stages.rl.tally import Tally
+from stages.tokens.bpe import load_tokenizer
+from stages.training.checkpoint import load_model, save_model
+from stages.training.distributed import GradientBucket, Ranks, process_group
+from stages.training.resume import ResumeStore
+
+if TYPE_CHECKING:
+    from stages.grpo import GrpoConfig
+
+ROLLOUTS = "rollouts"  # folder inside scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class GrpoJob:
+    config: GrpoConfig
+    checkpoint: str
+    problems: tuple[Problem, ...]
+    out: str
+    scratch: str
+
+
+def learn(job: GrpoJob, report: Report) -> dict[str, Any]:
+    """Run the whole job on this rank; rank 0 leaves the checkpoint in `job.out` and returns the last row of metrics."""
+    with process_group() as ranks:
+        return Learner(job, ranks).run(report)
+
+
+class Learner:
+    """State of one rank. `step(number)` is one exploration and its updates."""
+
+    def __init__(self, job: GrpoJob, ranks: Ranks) -> None:
+        self.job, self.config, self.ranks = job, job.config, ranks
+        self.tokenizer = load_tokenizer(job.checkpoint)
+        self.model = load_model(job.checkpoint, str(ranks.device))
+        # RL trains the main model: the multi-token-prediction modules wait aside, unchanged, and return at the end.
+        self.mtp, self.model.mtp = self.model.mtp, torch.nn.ModuleList()
+        self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.config.kl_coefficient else None
+        self.optimizer = build_optimizer(self.model, self.config.learning_rate, self.config.weight_decay)
+        self.bucket = GradientBucket([p for p in self.model.parameters() if p.requires_grad])
+        self.engine = open_engine(self.config.engine, self.model, job.checkpoint)
+        self.sampling = Sampling(
+            self.config.max_new_tokens, temperature=self.config.temperature, stop_ids=(self.tokenizer.eos,)
+        )
+        self.store = ResumeStore(Path(job.scratch) / "resume")
+        self.flops = 0.0
+
+    def run(self, report: Report) -> dict[str, Any]:
+        first = self.restore()
+        row: dict[str, Any] = {}
+        for number in range(first, self.config.steps):
+            row = self.step(number)
+            done = number + 1
+            if self.ranks.rank == 0:
+                self.store.append_history({"step": done, **row})
+                if done % self.config.save_every == 0:
+                    self.store.save(done, self.state())
+            report(done, self.config.steps, "steps", **row)
+        if self.ranks.rank == 0:
+            self.model.mtp = self.mtp
+            save_model(self.job.out, self.model, self.job.checkpoint)
+        return row
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "reference": self.reference.state_dict() if self.reference else None,
+            "flops": self.flops,
+        }
+
+    def restore(self) -> int:
+        """Take up the newest saved state, if any; the number of steps that are done."""
+        self.ranks.barrier()  # no rank may look while rank 0 of an earlier attempt could still write
+        loaded = self.store.load()
+        done, state = loaded or (0, None)
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.reference:
+                self.reference.load_state_dict(state["reference"])
+            self.flops = state["flops"]
+        self.ranks.barrier()
+        if self.ranks.rank == 0:
+            self.store.history(until=done)
+        return done
+
+    def step(self, number: int) -> dict[str, float]:
+        """Explore, learn, measure. The row of metrics is the same on every rank."""
+        config = self.config
+        tally = Tally(config.languages)
+        if self.reference and config.reference_renew_every and number and number % config.reference_renew_every == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        started = time.monotonic()
+        rollouts = self.explore(number)
+        explored = time.monotonic()
+        rewards_PG = torch.tensor([r.score.reward for r in rollouts], dtype=torch.float64).view(-1, config.group_size)
+        advantages_PG = group_normalised(rewards_PG)
+        advantages = advantages_PG.flatten().tolist()
+        tally.explored(rollouts, flat_groups=int((advantages_PG == 0).all(dim=1).sum()))
+        if config.keep_rollouts_every and (number % config.keep_rollouts_every == 0 or number == config.steps - 1):
+            self.keep(number, rollouts, advantages)
+        # Without an advantage (all of a group without contrast) a reply has no policy gradient, only its KL term:
+        # leaving it out saves its forward and backward, and costs that pull towards the reference.
+        batch = [(r, a) for r, a in zip(rollouts, advantages, strict=True) if a != 0]
+        self.update(number, batch, tally)
+        tally.add(flops=self.step_flops(rollouts, [r for r, _ in batch]))
+        row = tally.reduce(self.ranks)
+        self.flops += row.pop("flops")
+        seconds = time.monotonic() - started
+        return row | {
+            "tokens_per_second": row["reply_tokens"] / seconds,
+            "generation_share": (explored - started) / seconds,
+            "flops": self.flops,
+        }
+
+    def questions(self, number: int) -> list[list[Problem]]:
+        """The chunks of questions of step `number`: the pool in a new order each epoch, without repeats in between."""
+        config, pool = self.config, self.job.problems
+        asked: list[Problem] = []
+        for position in range(number * config.groups_per_step, (number + 1) * config.groups_per_step):
+            epoch, index = divmod(position, len(pool))
+            asked.append(pool[self.order(epoch)[index]])
+        return [asked[i : i + config.rollout_groups] for i in range(0, len(asked), config.rollout_groups)]
+
+    def order(self, epoch: int) -> list[int]:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, list(range(len(self.job.problems)))
+            Random(f"{self.config.seed}/{epoch}").shuffle(self._order)
+        return self._order
+
+    def explore(self, number: int) -> list[Rollout]:
+        """This rank's share of the step's groups."""
+        config, rollouts = self.config, []
+        self.engine.update_weights(self.model.state_dict().items())
+        for chunk, problems in enumerate(self.questions(number)):
+            if chunk % self.ranks.world == self.ranks.rank:
+                rollouts += explore(
+                    self.engine,
+                    self.tokenizer,
+                    problems,
+                    config.group_size,
+                    config.template,
+                    self.sampling,
+                    Random(f"{config.seed}/{number}/{chunk}").getrandbits(62),
+                    config.rewards,
+                    config.target_language,
+                )
+        return rollouts
+
+    def keep(self, number: int, rollouts: list[Rollout], advantages: list[float]) -> None:
+        folder = Path(self.job.scratch) / ROLLOUTS
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [rollout.row(number + 1, advantage) for rollout, advantage in zip(rollouts, advantages, strict=True)]
+        write_rollouts(folder / f"rollouts-{number + 1:05d}-{self.ranks.rank:03d}.parquet", rows)
+
+    def update(self, number: int, batch: list[tuple[Rollout, float]], tally: Tally) -> None:
+        """`updates_per_exploration` gradient steps on the same replies (1 in the papers: the ratio is exactly 1)."""
+        config = self.config
+        micro_batches = pad_batches(batch, self.tokenizer.pad, config.micro_batch_tokens, self.ranks.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * min(1.0, (number + 1) / max(config.warmup_steps, 1))
+        old_BT: list[torch.Tensor] = []
+        for update in range(config.updates_per_exploration):
+            self.bucket.zero()
+            for index, micro in enumerate(micro_batches):
+                logprobs_BT = token_logprobs(self.model, micro, config.temperature)
+                if update == 0:
+                    old_BT.append(logprobs_BT.detach())
+                    seen = mismatch(logprobs_BT.detach()[micro.mask_BT], micro.engine_logprobs_BT[micro.mask_BT])
+                    tally.add(learned_tokens=seen.tokens, mismatch_kl=seen.kl_sum)
+                    tally.peak(mismatch_max_ratio=seen.max_ratio)
+                reference_BT = None
+                if self.reference:
+                    with torch.no_grad():
+                        reference_BT = token_logprobs(self.reference, micro, config.temperature)
+                loss, metrics = policy_loss(
+                    PolicyBatch(logprobs_BT, old_BT[index], reference_BT, micro.advantages_B, micro.mask_BT),
+                    config.clip,
+                    config.kl_coefficient,
+                    config.groups_per_step * config.group_size,
+                )
+                loss.backward()
+                tally.add(loss=loss.item(), kl=metrics.kl, clipped=metrics.clipped, loss_tokens=metrics.tokens)
+                tally.peak(max_ratio=metrics.max_ratio)
+            self.bucket.reduce(self.ranks)
+            norm = self.bucket.clip(config.max_gradient_norm)
+            if norm > 0:  # no contrast on any rank: nothing to learn, and momentum alone shall not move the weights
+                self.optimizer.step()
+            tally.peak(gradient_norm=norm)
+
+    def step_flops(self, explored: list[Rollout], learned: list[Rollout]) -> float:
+        """Model FLOPs of this rank's share: 2N a token for generating and for the reference, 6N for learning."""
+        updates = self.config.updates_per_exploration
+        passes = 3.0 * updates + (updates if self.reference else 0)
+        return forward_flops(self.model, explored) + passes * forward_flops(self.model, learned)
+
+
+def forward_flops(model: Transformer, rollouts: list[Rollout]) -> float:
+    lengths = [len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts]
+    return sum(length * model.config.flops_per_token(length) / 3 for length in lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """Right-padded prompts with their replies; position t of the [B, T] tensors below speaks of token t + 1."""
+
+    tokens_BS: torch.Tensor  # int64, S = T + 1
+    mask_BT: torch.Tensor  # bool, true where the predicted token is a reply's
+    engine_logprobs_BT: torch.Tensor
+    advantages_B: torch.Tensor
+
+
+def pad_batches(
+    batch: list[tuple[Rollout, float]], pad: int, max_tokens: int, device: torch.device
+) -> list[MicroBatch]:
+    """Cut replies, longest first, into micro-batches of at most `max_tokens` padded tokens (one reply at least)."""
+    ordered = sorted(batch, key=lambda item: -(len(item[0].prompt) + len(item[0].tokens)))
+    micro_batches = []
+    while ordered:
+        width = len(ordered[0][0].prompt) + len(ordered[0][0].tokens)
+        rows, ordered = ordered[: max(1, max_tokens // width)], ordered[max(1, max_tokens // width) :]
+        tokens_BS = torch.full((len(rows), width), pad, dtype=torch.int64)
+        mask_BT = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+        engine_BT = torch.zeros(len(rows), width - 1)
+        for row, (rollout, _) in enumerate(rows):
+            start, end = len(rollout.prompt), len(rollout.prompt) + len(rollout.tokens)
+            tokens_BS[row, :end] = torch.tensor(rollout.prompt + rollout.tokens)
+            mask_BT[row, start - 1 : end - 1] = True
+            engine_BT[row, start - 1 : end - 1] = torch.tensor(rollout.logprobs)
+        advantages_B = torch.tensor([advantage for _, advantage in rows], dtype=torch.float32)
+        micro_batches.append(MicroBatch(*(t.to(device) for t in (tokens_BS, mask_BT, engine_BT, advantages_B))))
+    return micro_batches
+
+
+def token_logprobs(model: Transformer, micro: MicroBatch, temperature: float) -> torch.Tensor:
+    """[B, T] fp32: log-probability of each reply token under `temperature`, 0 elsewhere. The head sees replies only."""
+    hidden_ND = model(micro.tokens_BS[:, :-1]).hidden_BTD[micro.mask_BT]
+    targets_N = micro.tokens_BS[:, 1:][micro.mask_BT]
+    chosen_N = kernels.linear_log_probs(hidden_ND, model.head_weight, targets_N, temperature)
+    return torch.zeros(micro.mask_BT.shape, device=chosen_N.device).masked_scatter(micro.mask_BT, chosen_N)
+
+
+def read_history(scratch: Path) -> list[dict[str, Any]]:
+    """The rows of all steps of a finished job."""
+    lines = (scratch / "resume" / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

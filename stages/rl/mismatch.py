@@ -1,0 +1,27 @@
+"""How far the engine that explored lies from the model that learns: same weights, other arithmetic.
+
+Legend: N sampled tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    kl_sum: float  # Σ over tokens of the estimate of KL(engine ‖ learner); divide by `tokens`
+    max_ratio: float  # the largest of π_learner/π_engine and its inverse
+    tokens: int
+
+
+def mismatch(learner_logprobs_N: torch.Tensor, engine_logprobs_N: torch.Tensor) -> Mismatch:
+    """Compare log-probabilities of the same sampled tokens. The estimate r − 1 − log r of the tokens that the *engine*
+    sampled is unbiased for KL(engine ‖ learner), r = π_learner/π_engine. 0 and 1 when both compute the same."""
+    log_ratio_N = learner_logprobs_N.double() - engine_logprobs_N.double()
+    if log_ratio_N.numel() == 0:
+        return Mismatch(0.0, 1.0, 0)
+    kl_N = torch.expm1(log_ratio_N) - log_ratio_N
+    return Mismatch(float(kl_N.sum()), float(log_ratio_N.abs().max().exp()), log_ratio_N.numel())

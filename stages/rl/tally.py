@@ -1,0 +1,85 @@
+"""What a step measured, added up over micro-batches and ranks in one small all-reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from stages.rl.rollout import Rollout
+from stages.training.distributed import Ranks
+
+EXPLORED = (
+    "replies",
+    "reward",
+    "accuracy",
+    "format",
+    "language",
+    "tokens",
+    "finished",
+    "surprise",
+    "groups",
+    "flat_groups",
+    "flops",
+)
+LEARNED = ("loss", "kl", "clipped", "loss_tokens", "learned_tokens", "mismatch_kl")
+PEAKS = ("max_ratio", "mismatch_max_ratio", "gradient_norm")
+
+
+class Tally:
+    """Sums and maxima by name; the names are fixed, so every rank reduces the same vector."""
+
+    def __init__(self, languages: Sequence[str]) -> None:
+        self._languages = tuple(languages)
+        by_language = [f"{what}_{language}" for language in languages for what in ("replies", "accuracy", "language")]
+        self._sums = dict.fromkeys((*EXPLORED, *LEARNED, *by_language), 0.0)
+        self._peaks = dict.fromkeys(PEAKS, 0.0)
+
+    def add(self, **amounts: float) -> None:
+        for name, amount in amounts.items():
+            self._sums[name] += amount
+
+    def peak(self, **values: float) -> None:
+        for name, value in values.items():
+            self._peaks[name] = max(self._peaks[name], value)
+
+    def explored(self, rollouts: Sequence[Rollout], flat_groups: int) -> None:
+        """Count replies; `flat_groups` of their groups had no contrast in reward."""
+        self.add(flat_groups=flat_groups, groups=len({r.problem.id for r in rollouts}))
+        for rollout in rollouts:
+            verdict, language = rollout.score, rollout.problem.language
+            self.add(replies=1, tokens=len(rollout.tokens), finished=rollout.finished, reward=verdict.reward)
+            self.add(surprise=-sum(rollout.logprobs))
+            self.add(accuracy=verdict.accuracy, format=verdict.format, language=verdict.language)
+            self.add(**{f"replies_{language}": 1, f"accuracy_{language}": verdict.accuracy})
+            self.add(**{f"language_{language}": verdict.language})
+
+    def reduce(self, ranks: Ranks) -> dict[str, float]:
+        """The step's row: means over replies or tokens, maxima, and the plain sums `flops` and `reply_tokens`."""
+        sums = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=ranks.device)
+        peaks = torch.tensor(list(self._peaks.values()), dtype=torch.float64, device=ranks.device)
+        if ranks.world > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        total = dict(zip(self._sums, sums.tolist(), strict=True))
+
+        def share(name: str, of: str) -> float:
+            return total[name] / max(total[of], 1.0)
+
+        row = {name: share(name, "replies") for name in ("reward", "accuracy", "format", "language", "finished")}
+        for language in self._languages:
+            row[f"accuracy_{language}"] = share(f"accuracy_{language}", f"replies_{language}")
+            row[f"language_{language}"] = share(f"language_{language}", f"replies_{language}")
+        return row | {
+            "length": share("tokens", "replies"),
+            "flat_groups": share("flat_groups", "groups"),
+            "loss": total["loss"],
+            "kl": share("kl", "loss_tokens"),
+            "clip_fraction": share("clipped", "loss_tokens"),
+            "entropy": share("surprise", "tokens"),  # −log π of what π sampled: unbiased, and costs nothing
+            "mismatch_kl": share("mismatch_kl", "learned_tokens"),
+            **dict(zip(self._peaks, peaks.tolist(), strict=True)),
+            "reply_tokens": total["tokens"],
+            "flops": total["flops"],
+        }

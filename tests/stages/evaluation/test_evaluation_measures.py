@@ -1,0 +1,92 @@
+"""pass@k, consensus, bootstrap intervals and the byte trigram against enumeration, simulation and hand counts."""
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+
+from stages.evaluation.intervals import bootstrap_mean, paired_difference
+from stages.evaluation.ngram import fit
+from stages.evaluation.pass_at_k import consensus, pass_at_k
+
+
+@pytest.mark.parametrize(("n", "correct", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 2), (7, 3, 5), (4, 3, 2)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n, correct, k):
+    subsets = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
+    assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_is_unbiased_where_the_naive_estimate_is_not():
+    rng = np.random.default_rng(0)
+    rate, n, k = 0.2, 6, 4
+    counts = rng.binomial(n, rate, 40_000)
+    estimates = np.array([pass_at_k(n, c, k) for c in range(n + 1)])[counts]
+    truth = 1 - (1 - rate) ** k
+    assert estimates.mean() == pytest.approx(truth, abs=0.005)
+    assert abs((1 - (1 - counts / n) ** k).mean() - truth) > 0.02
+
+
+def test_consensus_is_the_majority_and_shares_a_tie():
+    right = {"4"}.__contains__
+    assert consensus(["4", "4", "5"], right) == 1
+    assert consensus(["5", "5", "4"], right) == 0
+    assert consensus(["4", "5", None, None, None], right) == 0.5
+    assert consensus([None, None], right) == 0
+    assert consensus([], right) == 0
+
+
+def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(300):
+        # 100 problems of different difficulty, 16 samples each
+        rates = rng.beta(0.5, 1.0, 100)
+        interval = bootstrap_mean(rng.binomial(16, rates) / 16, resamples=400, seed=trial)
+        covered += interval.low <= 1 / 3 <= interval.high
+    assert 0.90 <= covered / 300 <= 0.985
+
+
+def test_pairing_makes_the_interval_of_a_difference_narrow():
+    rng = np.random.default_rng(1)
+    hard = rng.uniform(0, 1, 200)
+    left, right = np.clip(hard + 0.05, 0, 1), hard
+    difference = paired_difference(left, right)
+    assert 0.03 < difference.low <= difference.mean <= difference.high < 0.06
+    assert difference == paired_difference(left, right)  # deterministic
+
+
+def test_the_trigram_gives_a_distribution_over_bytes_in_every_context():
+    model = fit([b"abracadabra " * 3, b"abracadabra", b"cad"])
+    for context in (b"ab", b"zz", b"a", b""):
+        total = sum(
+            2 ** -(model.bits([context + bytes([b])]) - (model.bits([context]) if context else 0)) for b in range(256)
+        )
+        assert total == pytest.approx(1.0, abs=1e-9)
+
+
+def test_the_trigram_reaches_the_entropy_of_a_second_order_source():
+    rng = np.random.default_rng(0)
+
+    # Next byte depends on the last two: a coin with p = 0.9 for (x XOR y), over the alphabet {a, b}.
+    def draw(n):
+        bits = [0, 1]
+        for flip in rng.random(n) < 0.1:
+            bits.append((bits[-1] ^ bits[-2]) ^ int(flip))
+        return bytes(97 + bit for bit in bits[2:])
+
+    model = fit([draw(2000) for _ in range(50)])
+    test = [draw(2000) for _ in range(10)]
+    entropy = -(0.9 * math.log2(0.9) + 0.1 * math.log2(0.1))
+    assert model.bits(test) / sum(map(len, test)) == pytest.approx(entropy, abs=0.02)
+
+
+def test_ten_megabytes_take_seconds():
+    rng = np.random.default_rng(0)
+    documents = [bytes(rng.integers(97, 123, 10_000, dtype=np.uint8)) for _ in range(300)]
+    started = time.perf_counter()
+    model = fit(documents)
+    bits = model.bits(documents[:20])
+    assert time.perf_counter() - started < 8  # 3 MB; ten times the usual time on a busy machine
+    assert bits / 200_000 == pytest.approx(math.log2(26), abs=0.1)
