@@ -1,0 +1,185 @@
+"""The line as a graph: which stages, on which inputs, in which order. Declarations only; nothing here runs anything.
+
+A node is one use of a stage, so a stage can appear several times (`grpo` is `r1_zero`, `reasoning_rl` and `final_rl`).
+`LINE` names every node once; a smaller pipeline is what its targets need of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import stages
+from infra.config import nearest
+from infra.errors import ConfigError
+from infra.stage import Stage
+
+Load = Callable[[str], Stage]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One use of a stage: role → node, or role → {name: node} for a role of many."""
+
+    name: str
+    stage: str
+    inputs: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """`role` or `role.name` → node, as `infra.stage` writes them."""
+        flat: dict[str, str] = {}
+        for role, source in self.inputs.items():
+            if isinstance(source, str):
+                flat[role] = source
+            else:
+                flat |= {f"{role}.{name}": node for name, node in source.items()}
+        return flat
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Nodes in an order in which every node comes after its inputs."""
+
+    name: str
+    doc: str
+    nodes: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for node in self.nodes:
+            assert node.name not in seen, f"{self.name}: two nodes are called {node.name}"
+            late = set(node.roles.values()) - seen
+            assert not late, f"{self.name}: {node.name} takes {late} before it is made"
+            seen.add(node.name)
+
+    @cached_property
+    def by_name(self) -> dict[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    def node(self, name: str) -> Node:
+        """The node of that name; ConfigError names the nearest right one."""
+        if name not in self.by_name:
+            raise ConfigError(f"pipeline {self.name} has no node {name!r}; {nearest(name, self.by_name)}")
+        return self.by_name[name]
+
+    def upstream(self, names: Iterable[str]) -> set[str]:
+        """The nodes and all that they are made from."""
+        found: set[str] = set()
+        waiting = list(names)
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += self.node(name).roles.values()
+        return found
+
+    def downstream(self, name: str) -> set[str]:
+        """The node and all that is made from it."""
+        found = {self.node(name).name}
+        for node in self.nodes:
+            if found & set(node.roles.values()):
+                found.add(node.name)
+        return found
+
+    def part(self, name: str, doc: str, targets: Iterable[str]) -> Pipeline:
+        """The pipeline that makes the targets and nothing that they do not need."""
+        kept = self.upstream(targets)
+        return Pipeline(name, doc, tuple(node for node in self.nodes if node.name in kept))
+
+    def check(self, load: Load = stages.load) -> None:
+        """Raise ConfigError if a node's inputs are not the roles and kinds that its stage takes."""
+        for node in self.nodes:
+            stage = load(node.stage)
+            stage.check_roles(node.roles)
+            for role, source in node.roles.items():
+                wanted, makes = stage.takes[role.partition(".")[0]].kind, load(self.by_name[source].stage).makes
+                if wanted != makes:
+                    raise ConfigError(f"{node.name}: input {role} takes {wanted}, but {source} makes {makes}")
+
+
+def _evaluate(name: str, checkpoint: str) -> Node:
+    return Node(f"evaluate_{name}", "evaluate", {"checkpoint": checkpoint, "problems": "generate_problems"})
+
+
+def _rl(name: str, checkpoint: str) -> Node:
+    return Node(name, "grpo", {"checkpoint": checkpoint, "problems": "generate_problems"})
+
+
+INGESTS = ("api_zh", "api_en", "python_docs", "python_code", "math")
+EVALUATED = {
+    "base": "extend_context",
+    "r1_zero": "r1_zero",
+    "cold_start": "cold_start",
+    "reasoning_rl": "reasoning_rl",
+    "r1": "final_rl",
+    "distill_llama": "distill_llama",
+    "distill_qwen": "distill_qwen",
+    "rl_student_llama": "rl_student_llama",
+}
+_EVALUATIONS = {name: _evaluate(name, checkpoint) for name, checkpoint in EVALUATED.items()}
+
+LINE = Pipeline(
+    "line",
+    "The whole road: corpus, base, R1-Zero, R1, students, evaluations, report",
+    (
+        *(Node(f"ingest_{name}", "ingest") for name in INGESTS),
+        Node("deduplicate", "deduplicate", {"documents": {name: f"ingest_{name}" for name in INGESTS}}),
+        Node("filter", "filter", {"documents": "deduplicate"}),
+        Node("mix", "mix", {"documents": "filter"}),
+        Node("train_tokenizer", "train_tokenizer", {"documents": "mix"}),
+        Node("tokenize", "tokenize", {"documents": "mix", "tokenizer": "train_tokenizer"}),
+        Node("generate_problems", "generate_problems"),
+        Node("pretrain", "pretrain", {"tokens": "tokenize"}),
+        Node("extend_context", "extend_context", {"checkpoint": "pretrain", "tokens": "tokenize"}),
+        _EVALUATIONS["base"],
+        _rl("r1_zero", "extend_context"),
+        _EVALUATIONS["r1_zero"],
+        Node("cold_start", "sft", {"checkpoint": "extend_context", "problems": "generate_problems"}),
+        _EVALUATIONS["cold_start"],
+        _rl("reasoning_rl", "cold_start"),
+        _EVALUATIONS["reasoning_rl"],
+        Node("rejection_sample", "rejection_sample", {"checkpoint": "reasoning_rl", "problems": "generate_problems"}),
+        Node("sft", "sft", {"checkpoint": "extend_context", "conversations": {"sampled": "rejection_sample"}}),
+        _rl("final_rl", "sft"),
+        _EVALUATIONS["r1"],
+        Node("teacher_samples", "rejection_sample", {"checkpoint": "final_rl", "problems": "generate_problems"}),
+        Node("student_base_llama", "pretrain", {"tokens": "tokenize"}),
+        Node("student_base_qwen", "pretrain", {"tokens": "tokenize"}),
+        Node("distill_llama", "distill", {"checkpoint": "student_base_llama", "conversations": "teacher_samples"}),
+        Node("distill_qwen", "distill", {"checkpoint": "student_base_qwen", "conversations": "teacher_samples"}),
+        _rl("rl_student_llama", "student_base_llama"),
+        _EVALUATIONS["distill_llama"],
+        _EVALUATIONS["distill_qwen"],
+        _EVALUATIONS["rl_student_llama"],
+        Node("report", "report", {"evaluations": {name: node.name for name, node in _EVALUATIONS.items()}}),
+    ),
+)
+
+PIPELINES: dict[str, Pipeline] = {
+    pipeline.name: pipeline
+    for pipeline in (
+        LINE.part("corpus", "Raw English, Chinese and code to packed tokens", ["tokenize"]),
+        LINE.part("base", "Corpus to the context-extended base model", ["evaluate_base"]),
+        LINE.part("r1_zero", "Reinforcement learning straight from the base model", ["evaluate_r1_zero"]),
+        LINE.part(
+            "r1",
+            "Cold start, reasoning RL, rejection sampling, SFT of the base, final RL",
+            ["evaluate_cold_start", "evaluate_reasoning_rl", "evaluate_r1"],
+        ),
+        LINE.part(
+            "distill",
+            "R1's samples to Llama- and Qwen-shaped students, beside one trained by RL alone",
+            ["evaluate_distill_llama", "evaluate_distill_qwen", "evaluate_rl_student_llama"],
+        ),
+        LINE,
+    )
+}
+
+
+def pipeline(name: str) -> Pipeline:
+    """The pipeline of that name; ConfigError names the nearest right one."""
+    if name not in PIPELINES:
+        raise ConfigError(f"no pipeline {name!r}; {nearest(name, PIPELINES)}")
+    return PIPELINES[name]

@@ -1,0 +1,104 @@
+"""Recipes: the values of a whole line's configs, node by node, and what `--set` changes in them.
+
+A recipe holds plain values; a stage's config type checks them when the recipe is resolved for a pipeline, before
+anything runs. A node without values takes its stage's defaults.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+import stages
+from flows.pipelines import Load, Pipeline
+from infra.config import Config, nearest
+from infra.errors import ConfigError
+
+Values = Mapping[str, Any]
+RECIPES = ("tiny", "h100", "v1_67b", "moe_16b", "v2_lite", "v2", "v3")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Config values by node, and upstream results that are taken from the store by id or tag instead of being made."""
+
+    name: str
+    doc: str
+    configs: Mapping[str, Values]
+    pins: Mapping[str, str] = field(default_factory=dict)
+
+    def resolve(self, pipeline: Pipeline, settings: Iterable[str] = (), load: Load = stages.load) -> dict[str, Config]:
+        """The checked config of every node, with `node.field=value` settings applied in order."""
+        configs = {}
+        for node in pipeline.nodes:
+            where = f"recipe {self.name}, {node.name}"
+            configs[node.name] = load(node.stage).config_type.parse(self.configs.get(node.name, {}), where)
+        for setting in settings:
+            path, value = parse_setting(setting)
+            for name in _targets(pipeline, path[0]):
+                configs[name] = _changed(configs[name], path[1:], value, f"--set {name}")
+        return configs
+
+
+def load_recipe(name: str) -> Recipe:
+    """The recipe of that name; ConfigError names the nearest right one."""
+    if name not in RECIPES:
+        raise ConfigError(f"no recipe {name!r}; {nearest(name, RECIPES)}")
+    module = "published" if name.startswith(("v", "moe")) else name
+    return importlib.import_module(f"flows.recipes.{module}").recipe(name)
+
+
+def parse_setting(setting: str) -> tuple[list[str], Any]:
+    """`node.field.inner=value` as (path, value); the value is YAML: 3, 1e-3, true, null, [1, 2], {a: 1}."""
+    name, equals, text = setting.partition("=")
+    path = name.strip().split(".")
+    if not equals or len(path) < 2 or not all(path):
+        raise ConfigError(f"--set {setting!r}: write it as node.field=value, for example pretrain.steps=200")
+    try:
+        return path, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting!r}: the value is not YAML ({str(error).splitlines()[0]})") from None
+
+
+def _targets(pipeline: Pipeline, name: str) -> list[str]:
+    """The node of that name, or else every node of the stage of that name."""
+    if name in pipeline.by_name:
+        return [name]
+    of_stage = [node.name for node in pipeline.nodes if node.stage == name]
+    if not of_stage:
+        names = {*pipeline.by_name, *(node.stage for node in pipeline.nodes)}
+        raise ConfigError(f"--set: pipeline {pipeline.name} has no node or stage {name!r}; {nearest(name, names)}")
+    return of_stage
+
+
+def _changed(config: Config, path: list[str], value: Any, where: str) -> Config:
+    """A checked copy of a config with one field, however deep, replaced.
+
+    Only what was set explicitly is carried over, so that what a config derives from other fields is derived anew.
+    """
+    return type(config).parse(_with(config, path, value, where), where)
+
+
+def _with(model: BaseModel, path: list[str], value: Any, where: str) -> dict[str, Any]:
+    name, rest = path[0], path[1:]
+    fields = type(model).model_fields
+    if name not in fields:
+        raise ConfigError(f"{where}: no field {name!r}; {nearest(name, fields)}")
+    values = {key: getattr(model, key) for key in model.model_fields_set}
+    values = {
+        key: item.model_dump(exclude_unset=True) if isinstance(item, BaseModel) else item
+        for key, item in values.items()
+    }
+    if not rest:
+        return {**values, name: value}
+    inner = getattr(model, name)
+    if isinstance(inner, BaseModel):
+        return {**values, name: _with(inner, rest, value, f"{where}.{name}")}
+    if isinstance(inner, Mapping) and len(rest) == 1:
+        return {**values, name: {**inner, rest[0]: value}}
+    raise ConfigError(f"{where}.{name} is a plain value: there is no {'.'.join(rest)!r} in it")
