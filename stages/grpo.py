@@ -18,7 +18,7 @@ from stages.evaluation.plots import Panel, plot_curves
 from stages.problems.problem import Language, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl.engines import EngineName
-from stages.rl.learner import ROLLOUTS, GrpoJob, learn, read_history
+from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.prompts import Template
 from stages.rl.rewards import RewardWeights
 
@@ -75,8 +75,8 @@ def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
     if not problems:
         raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
     job = GrpoJob(config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch))
-    spmd(learn, job, ctx, workers=min(ctx.workers, config.groups_per_step // config.rollout_groups))
-    rows = read_history(ctx.scratch)
+    workers = min(ctx.workers, config.groups_per_step // config.rollout_groups)
+    rows = [{"step": step, **row} for step, row in enumerate(spmd(learn, job, ctx, workers=workers)[0], start=1)]
     for path in sorted((ctx.scratch / ROLLOUTS).glob("rollouts-*.parquet")):
         shutil.copy(path, ctx.out / path.name)
     plot_curves(ctx.out / "curves.png", rows, PANELS)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import time
 from pathlib import Path
 from random import Random
@@ -55,8 +54,8 @@ class GrpoJob:
     scratch: str
 
 
-def learn(job: GrpoJob, report: Report) -> dict[str, Any]:
-    """Run the whole job on this rank; rank 0 leaves the checkpoint in `job.out` and returns the last row of metrics."""
+def learn(job: GrpoJob, report: Report) -> list[dict[str, float]]:
+    """Run the whole job on this rank: a row of metrics for each step. Rank 0 leaves the checkpoint in `job.out`."""
     with process_group() as ranks:
         return Learner(job, ranks).run(report)
 
@@ -78,47 +77,39 @@ class Learner:
             self.config.max_new_tokens, temperature=self.config.temperature, stop_ids=(self.tokenizer.eos,)
         )
         self.store = ResumeStore(Path(job.scratch) / "resume")
-        self.flops = 0.0
+        self.rows: list[dict[str, float]] = []  # one for each step that is done
 
-    def run(self, report: Report) -> dict[str, Any]:
-        first = self.restore()
-        row: dict[str, Any] = {}
-        for number in range(first, self.config.steps):
-            row = self.step(number)
-            done = number + 1
-            if self.ranks.rank == 0:
-                self.store.append_history({"step": done, **row})
-                if done % self.config.save_every == 0:
-                    self.store.save(done, self.state())
-            report(done, self.config.steps, "steps", **row)
+    def run(self, report: Report) -> list[dict[str, float]]:
+        self.restore()
+        while len(self.rows) < self.config.steps:
+            self.rows.append(self.step(len(self.rows)))
+            done = len(self.rows)
+            if done % self.config.save_every == 0 and self.ranks.rank == 0:
+                self.store.save(done, self.state())
+            report(done, self.config.steps, "steps", **self.rows[-1])
         if self.ranks.rank == 0:
             self.model.mtp = self.mtp
             save_model(self.job.out, self.model, self.job.checkpoint)
-        return row
+        return self.rows
 
     def state(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "reference": self.reference.state_dict() if self.reference else None,
-            "flops": self.flops,
+            "rows": self.rows,
         }
 
-    def restore(self) -> int:
-        """Take up the newest saved state, if any; the number of steps that are done."""
-        self.ranks.barrier()  # no rank may look while rank 0 of an earlier attempt could still write
-        loaded = self.store.load()
-        done, state = loaded or (0, None)
-        if state:
+    def restore(self) -> None:
+        """Take up the newest saved state, if there is one."""
+        state = self.store.load()
+        if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.reference:
                 self.reference.load_state_dict(state["reference"])
-            self.flops = state["flops"]
-        self.ranks.barrier()
-        if self.ranks.rank == 0:
-            self.store.history(until=done)
-        return done
+            self.rows = state["rows"]
+        self.ranks.barrier()  # all have read before rank 0 may write
 
     def step(self, number: int) -> dict[str, float]:
         """Explore, learn, measure. The row of metrics is the same on every rank."""
@@ -141,12 +132,11 @@ class Learner:
         self.update(number, batch, tally)
         tally.add(flops=self.step_flops(rollouts, [r for r, _ in batch]))
         row = tally.reduce(self.ranks)
-        self.flops += row.pop("flops")
+        row["flops"] += self.rows[-1]["flops"] if self.rows else 0.0  # spent so far
         seconds = time.monotonic() - started
         return row | {
             "tokens_per_second": row["reply_tokens"] / seconds,
             "generation_share": (explored - started) / seconds,
-            "flops": self.flops,
         }
 
     def questions(self, number: int) -> list[list[Problem]]:
@@ -274,9 +264,3 @@ def token_logprobs(model: Transformer, micro: MicroBatch, temperature: float) ->
     targets_N = micro.tokens_BS[:, 1:][micro.mask_BT]
     chosen_N = kernels.linear_log_probs(hidden_ND, model.head_weight, targets_N, temperature)
     return torch.zeros(micro.mask_BT.shape, device=chosen_N.device).masked_scatter(micro.mask_BT, chosen_N)
-
-
-def read_history(scratch: Path) -> list[dict[str, Any]]:
-    """The rows of all steps of a finished job."""
-    lines = (scratch / "resume" / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]

@@ -1,0 +1,88 @@
+"""Claims about a line of checkpoints, decided by the data: each says what it needs, and `holds` is computed.
+
+An evaluation is known by the name its config gave it. A claim about an evaluation that is not there does not hold, and
+says so: a report must never look better because something was left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from infra.config import Config, Field
+from stages.evaluation.intervals import Interval, paired_difference
+
+Measure = Literal["pass_1", "consensus", "format", "language_consistency", "length"]
+
+
+class Claim(Config):
+    """`left` beats `right` by at least `margin` in `measure`, on the same problems, and the interval excludes zero."""
+
+    left: str = Field(title="Left", description="Name of an evaluation")
+    right: str = Field(title="Right", description="Name of another; the same name for a claim between two measures")
+    measure: Measure = Field("pass_1", title="Measure")
+    right_measure: Measure | None = Field(None, title="Measure on the right", description="None: the same")
+    margin: float = Field(0.0, title="Margin", description="Least difference of the means, in the measure's unit")
+    strict: bool = Field(True, title="Strict", description="The interval's lower end must lie above zero")
+
+    @property
+    def text(self) -> str:
+        right = self.right_measure or self.measure
+        return f"{self.measure}({self.left}) − {right}({self.right}) ≥ {self.margin:g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    claim: str
+    holds: bool
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    problems: int = 0
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` left: its name, its per-problem records by problem id, its figures and its text rows."""
+
+    name: str
+    records: Mapping[str, Mapping[str, Any]]
+    figures: list[dict[str, Any]]
+    text: list[dict[str, Any]]
+
+
+def judge(claim: Claim, evaluations: Mapping[str, Evaluation]) -> Verdict:
+    """Decide `claim` on the problems that both evaluations share."""
+    missing = [name for name in (claim.left, claim.right) if name not in evaluations]
+    if missing:
+        return Verdict(claim.text, holds=False, note=f"no evaluation named {missing[0]!r}")
+    left, right = evaluations[claim.left], evaluations[claim.right]
+    shared = sorted(left.records.keys() & right.records.keys())
+    if not shared:
+        return Verdict(claim.text, holds=False, note="the evaluations share no problem")
+    difference = paired_difference(
+        [left.records[problem][claim.measure] for problem in shared],
+        [right.records[problem][claim.right_measure or claim.measure] for problem in shared],
+    )
+    return Verdict(claim.text, _holds(claim, difference), difference.mean, difference.low, difference.high, len(shared))
+
+
+def _holds(claim: Claim, difference: Interval) -> bool:
+    return difference.mean >= claim.margin and (difference.low > 0 or not claim.strict)
+
+
+def judge_text(evaluation: Evaluation) -> list[Verdict]:
+    """One verdict a language: the model needs fewer bits per byte than the byte trigram."""
+    verdicts = []
+    for row in evaluation.text:
+        trigram = row["trigram_bits_per_byte"]
+        claim = f"bits per byte({evaluation.name}, {row['language']}) < byte trigram"
+        if trigram is None:
+            verdicts.append(Verdict(claim, holds=False, note="no training text of that language for the trigram"))
+        else:
+            difference = trigram - row["bits_per_byte"]
+            note = f"{row['bits_per_byte']:.3f} against {trigram:.3f}"
+            verdicts.append(Verdict(claim, difference > 0, difference, note=note))
+    return verdicts
