@@ -15,8 +15,6 @@ from stages.training.validation import Validation
 class Optimization(Config):
     """What every training stage's config begins with. Defaults are V3's (section 4.2) where they do not scale."""
 
-    batch_size: int = Field(32, title="Batch size", description="Sequences a step, over all ranks.", ge=1)
-    micro_batch_size: int = Field(16, title="Micro-batch", description="Most rows of one forward pass of a rank.", ge=1)
     learning_rate: LearningRate = Field(title="Learning rate")
     weight_decay: float = Field(0.1, title="Weight decay", description="Decoupled; matrices only.", ge=0)
     beta1: float = Field(0.9, title="AdamW β₁", ge=0, lt=1)
@@ -29,6 +27,7 @@ class Optimization(Config):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", title="Precision", description="Of activations and products; weights stay fp32."
     )
+    micro_batch_size: int = Field(16, title="Micro-batch", description="Most rows of one forward pass of a rank.", ge=1)
     seed: int = Field(0, title="Seed", description="Initial weights and data order.", ge=0)
 
 
@@ -40,6 +39,7 @@ class TrainJob:
     optimization: Optimization
     data: Data
     steps: int
+    batch_size: int  # sequences a step, over all ranks
     out: str  # where rank 0 leaves the trained checkpoint
     scratch: str  # where resume states live
     tokenizer: str | None = None  # folder whose tokenizer goes into `out`
@@ -77,6 +77,14 @@ class TrainResult:
     def tokens_per_second(self) -> float:
         return self.progress.tokens / self.progress.seconds
 
+    @property
+    def languages(self) -> list[str]:
+        """Languages that were validated on."""
+        prefix = "bits_per_byte_"
+        return sorted(
+            {name.removeprefix(prefix) for row in self.progress.rows for name in row if name.startswith(prefix)}
+        )
+
     def values(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every row that has `name`."""
         return [(row["step"], row[name]) for row in self.progress.rows if name in row]
@@ -84,8 +92,3 @@ class TrainResult:
     def last(self, name: str) -> float | None:
         values = self.values(name)
         return values[-1][1] if values else None
-
-
-def usable_workers(workers: int, batch_size: int) -> int:
-    """The most ranks, up to `workers`, that a batch divides over."""
-    return max(count for count in range(1, workers + 1) if batch_size % count == 0)

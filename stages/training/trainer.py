@@ -59,8 +59,10 @@ class Trainer:
 
     def __init__(self, job: TrainJob, ranks: Ranks) -> None:
         self.job, self.ranks, options = job, ranks, job.optimization
-        if options.batch_size % ranks.world:
-            raise ConfigError(f"batch_size={options.batch_size} does not divide over {ranks.world} ranks")
+        if job.batch_size % ranks.world:
+            raise ConfigError(
+                f"batch_size={job.batch_size} does not divide over {ranks.world} ranks: choose a multiple"
+            )
         torch.manual_seed(options.seed)
         self.model = Transformer(job.model).to(ranks.device)
         if job.initial is not None:
@@ -69,10 +71,10 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, options.learning_rate.peak, options.weight_decay, (options.beta1, options.beta2)
         )
-        rows = options.batch_size // ranks.world
+        rows = job.batch_size // ranks.world
         micro_rows = max(size for size in range(1, options.micro_batch_size + 1) if rows % size == 0)
         self.micro_batch = micro_rows * ranks.world
-        self.batch_sizes = schedules.batch_sizes(job.steps, options.batch_size, self.micro_batch, job.batch_ramp)
+        self.batch_sizes = schedules.batch_sizes(job.steps, job.batch_size, self.micro_batch, job.batch_ramp)
         self.total_tokens = sum(self.batch_sizes) * job.data.sequence_length
         self.batches = job.data.open(self.micro_batch, options.seed, ranks.rank, ranks.world)
         self.sets = validation_sets(job.validation) if job.validation else []
@@ -101,7 +103,7 @@ class Trainer:
                 if self.sets and (last or progress.step % job.validation.every == 0):
                     row |= self._validate()
                 self._record(report, row)
-            if progress.step % job.save_every == 0 and not last and self.ranks.rank == 0:
+            if (last or progress.step % job.save_every == 0) and self.ranks.rank == 0:
                 self.store.save(progress.step, self._state())
 
     def step(self) -> dict[str, Any]:

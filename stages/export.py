@@ -1,0 +1,60 @@
+"""Export: a checkpoint in the published format of its family, checked against transformers before it is committed.
+
+The folder loads in transformers, vLLM and SGLang. The check feeds the same real tokens to our model and to the
+exported one as transformers builds it; a difference beyond fp32 rounding fails the stage.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from infra.config import Config, Field
+from infra.errors import InputError
+from infra.stage import Context, Inputs, stage
+from model.exchange import export_hf
+from stages.tokens.bpe import load_tokenizer
+from stages.training.checkpoint import load_model
+
+SAMPLE = (
+    "Everything that a stage leaves behind is an artifact, and every artifact knows what it was made of. "
+    "每个阶段的输出都是一个有版本的产物。 def add(a: int, b: int) -> int:\n    return a + b"
+)
+
+
+class ExportConfig(Config):
+    tolerance: float = Field(
+        1e-3, title="Tolerance", description="Largest difference of a logit, relative to the largest logit.", gt=0
+    )
+
+
+@stage(version=1, takes={"checkpoint": "checkpoint"}, makes="export")
+def export(config: ExportConfig, inputs: Inputs, ctx: Context) -> dict:
+    """Write a checkpoint in the published format and compare its logits with transformers'."""
+    source = inputs["checkpoint"].path
+    model = load_model(source)
+    export_hf(model, ctx.out, source)
+    tokens_BT = torch.tensor([load_tokenizer(source).encode(SAMPLE)[: model.config.max_position]])
+    with torch.no_grad():
+        ours_BTV = model(tokens_BT).logits_BTV
+        theirs_BTV = _published_logits(str(ctx.out), tokens_BT)
+    difference = float((ours_BTV - theirs_BTV).abs().max())
+    if not difference <= config.tolerance * float(ours_BTV.abs().max()):
+        raise InputError(
+            f"transformers computes other logits from the export than we do (up to {difference:.3g} apart): "
+            "nothing was committed"
+        )
+    return {
+        "family": model.config.family,
+        "parameters": model.config.n_parameters(),
+        "max_logits_difference": difference,
+        "compared_tokens": tokens_BT.shape[1],
+        "greedy_agreement": float((ours_BTV.argmax(-1) == theirs_BTV.argmax(-1)).float().mean()),
+    }
+
+
+def _published_logits(directory: str, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """The exported model's logits by transformers, fp32, from the folder alone."""
+    from transformers import AutoModelForCausalLM
+
+    published = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    return published(tokens_BT).logits.float()
