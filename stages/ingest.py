@@ -20,7 +20,7 @@ from infra.stage import Context, Inputs, stage
 from stages.corpus import languages
 from stages.corpus.document import Document, fraction, shard_bytes, write_documents
 from stages.corpus.normalize import clean
-from stages.corpus.parallel import over_shards
+from stages.corpus.parallel import RAY_BYTES, over_shards
 from stages.corpus.sources import Raw, Source
 from stages.corpus.sources.api_reference import ApiReference
 from stages.corpus.sources.files import HubDataset, JsonLines, Parquet, TextFiles
@@ -29,7 +29,6 @@ from stages.corpus.sources.worked_problems import WorkedProblems
 
 UNIT_SHARE = 16
 TASK_UNITS = 8  # units a worker reads at a time
-PARALLEL_BYTES = 64 << 20  # below this a limited ingest ends before workers would have started
 
 PACKAGES = ("torch", "transformers", "ray", "prefect", "numpy", "pandas", "pyarrow", "pydantic", "fsspec", "matplotlib")
 FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown", "compare", "sort", "reverse", "knights_and_knaves")
@@ -180,10 +179,10 @@ def _documents(
 
 
 def _read_all(source: Source, units: list[str], config: IngestConfig, ctx: Context) -> Iterable[list[list[Raw]]]:
-    small = config.max_documents is not None or (config.max_bytes or PARALLEL_BYTES) < PARALLEL_BYTES
+    size = 0 if config.max_documents is not None else config.max_bytes or RAY_BYTES
     tasks = [units[i : i + TASK_UNITS] for i in range(0, len(units), TASK_UNITS)]
     read = partial(_read_units, source)
-    return map(read, tasks) if small else over_shards(read, tasks, ctx, unit="parts")
+    return over_shards(read, tasks, ctx, size, unit="parts")
 
 
 def _read_units(source: Source, units: list[str]) -> list[list[Raw]]:

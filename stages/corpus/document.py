@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -71,7 +71,8 @@ def read_documents(directory: str | Path) -> Iterator[Document]:
 
 
 def write_shard(directory: str | Path, number: int, documents: Sequence[Document]) -> None:
-    table = pa.Table.from_pylist([asdict(document) for document in documents], SCHEMA)
+    columns = [[getattr(document, name) for document in documents] for name in SCHEMA.names]
+    table = pa.table(columns, schema=SCHEMA)
     pq.write_table(table, Path(directory) / f"documents-{number:05d}.parquet", compression="zstd")
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 import sysconfig
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -115,14 +116,18 @@ def _docstring_document(key: str, path: Path, license: str | None = None) -> lis
             tree = ast.parse(code)
     except (SyntaxError, ValueError):
         return []
-    parts = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) >= MIN_DOCSTRING:
-                parts.append(text if isinstance(node, ast.Module) else f"{node.name}\n{text}")
-    text = "\n\n".join(parts)
+    text = "\n\n".join(_docstrings(tree, ""))
     return [Raw(key, text, license=license)] if len(text) >= MIN_TEXT else []
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[str]:
+    """The long docstrings of a definition and of those directly inside it, in the order of the file."""
+    text = ast.get_docstring(node)
+    if text and len(text) >= MIN_DOCSTRING:
+        yield f"{name}\n{text}" if name else text
+    for inner in node.body:
+        if isinstance(inner, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(inner, inner.name)
 
 
 def _read(path: Path) -> str:
