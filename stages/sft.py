@@ -16,9 +16,7 @@ from stages.training.supervised import Messages, SupervisedConfig, fine_tune, re
 
 
 class SftConfig(SupervisedConfig):
-    problems: ProblemFilter = Field(
-        ProblemFilter(), title="Problems", description="Which worked problems to learn from."
-    )
+    problems: ProblemFilter = Field(ProblemFilter(), title="Problems", description="Which worked ones to learn.")
 
 
 @stage(
@@ -34,9 +32,8 @@ def sft(config: SftConfig, inputs: Inputs, ctx: Context) -> dict:
     if (conversations := inputs.get("conversations")) is not None:
         examples += read_conversations(conversations.path)
     if (problems := inputs.get("problems")) is not None:
-        examples += [
-            worked(problem) for problem in config.problems.select(read_problems(problems.path / "train.jsonl"))
-        ]
+        chosen = config.problems.select(read_problems(problems.path / "train.jsonl"))
+        examples += [worked(problem) for problem in chosen]
     return fine_tune(config, inputs["checkpoint"], examples, ctx)
 
 

@@ -80,10 +80,8 @@ class TrainResult:
     @property
     def languages(self) -> list[str]:
         """Languages that were validated on."""
-        prefix = "bits_per_byte_"
-        return sorted(
-            {name.removeprefix(prefix) for row in self.progress.rows for name in row if name.startswith(prefix)}
-        )
+        names = {name for row in self.progress.rows for name in row if name.startswith("bits_per_byte_")}
+        return sorted(name.removeprefix("bits_per_byte_") for name in names)
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """(step, value) of every row that has `name`."""

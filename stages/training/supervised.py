@@ -57,9 +57,8 @@ def read_conversations(directory: Path) -> list[Messages]:
     paths = sorted(directory.glob("conversations-*.parquet"))
     if not paths:
         raise InputError(f"{directory} holds no conversations-*.parquet: give a conversations artifact")
-    return [
-        json.loads(row) for path in paths for row in pq.read_table(path, columns=["messages"])["messages"].to_pylist()
-    ]
+    tables = [pq.read_table(path, columns=["messages"]) for path in paths]
+    return [json.loads(row) for table in tables for row in table["messages"].to_pylist()]
 
 
 def fine_tune(
