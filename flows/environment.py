@@ -42,9 +42,14 @@ def variables(store: ArtifactStore) -> dict[str, str]:
     }
 
 
-def prepare(store: ArtifactStore) -> None:
-    """Set what is not set yet; call before the first import of prefect."""
-    values = {**variables(store), "PREFECT_LOGGING_LEVEL": "WARNING"}
+def prepare(store: ArtifactStore, quiet: bool = True) -> None:
+    """Set what is not set yet; call before the first import of prefect. `quiet` keeps its log off the terminal.
+
+    The log still reaches the server, for the run's page.
+    """
+    values = variables(store)
+    if quiet:
+        values |= {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL", "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
     if "PREFECT_API_URL" not in os.environ and (address := server_address(store)):
         values["PREFECT_API_URL"] = address
     for name, value in values.items():

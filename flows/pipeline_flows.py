@@ -16,6 +16,7 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed
 
 import stages
+from flows.deployments import DEPLOYMENT
 from flows.environment import explorer_address, open_store
 from flows.pipelines import PIPELINES, Load, Pipeline
 from flows.planning import Selection, Step, plan
@@ -26,7 +27,6 @@ from flows.stages import end_ray_work, stage_flow
 from infra.errors import StageFailed
 from infra.settings import Settings
 
-DEPLOYMENT = "fathom"
 Mode = Literal["embedded", "deployments"]
 
 

@@ -18,6 +18,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.logging import get_logger
 
+from flows.console import number, size
 from infra.artifact import Artifact
 from infra.lineage import lineage
 from infra.metrics import Progress
@@ -105,14 +106,14 @@ def publish_page(store: ArtifactStore, artifact: Artifact, title: str, explorer:
 def page(store: ArtifactStore, artifact: Artifact, title: str, explorer: str) -> str:
     """The markdown of `publish_page`: facts, metrics, lineage as Mermaid, plots as data: URIs."""
     manifest = artifact.manifest
-    size = f"{len(manifest.files)} files, {_size(manifest.bytes)}"
+    extent = f"{len(manifest.files)} files, {size(manifest.bytes)}"
     seconds = manifest.provenance.wall_seconds
     link = explorer_link(explorer, artifact.id)
     parts = [
         f"# {title}",
-        f"[`{artifact.id}`]({link}): {artifact.kind}, {size}, made in {seconds:.1f} s",
+        f"[`{artifact.id}`]({link}): {artifact.kind}, {extent}, made in {seconds:.1f} s",
         "## Metrics",
-        table(("Metric", "Value"), ((name, _number(value)) for name, value in artifact.summary.items())),
+        table(("Metric", "Value"), ((name, number(value)) for name, value in artifact.summary.items())),
         "## Lineage",
         mermaid(lineage(store, artifact.id, "up").to_json(store.tags()), explorer, artifact.id),
         *_plots(artifact),
@@ -155,15 +156,3 @@ def _plots(artifact: Artifact) -> list[str]:
             left -= len(encoded)
             parts.append(f"![{path.stem}](data:image/png;base64,{encoded})")
     return ["## Plots", *parts] if parts else []
-
-
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000  # type: ignore[assignment]
-    return f"{count:.3g} GB"
