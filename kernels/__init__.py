@@ -1,21 +1,13 @@
 """Tensor operations, each beside its plain-torch reference. Knows tensors, nothing else.
 
-`model/` takes every operation from here: this is the one place that decides what runs where.
-Today the reference serves every device.
+`model/` takes every operation from here: this is the one place that decides what runs where. `reference` defines
+what is computed; today the same few implementations serve every device.
 """
 
+from kernels.autograd import apply_rope, rms_norm, swiglu
+from kernels.grouped import Permutation, grouped_gemm, permutation, permute, permute_gates, unpermute
 from kernels.log_probs import linear_log_probs
-from kernels.reference import (
-    Permutation,
-    apply_rope,
-    grouped_gemm,
-    permutation,
-    permute,
-    rms_norm,
-    route,
-    swiglu,
-    unpermute,
-)
+from kernels.reference import route
 
 __all__ = [
     "Permutation",
@@ -24,6 +16,7 @@ __all__ = [
     "linear_log_probs",
     "permutation",
     "permute",
+    "permute_gates",
     "rms_norm",
     "route",
     "swiglu",

@@ -7,8 +7,6 @@ P = N·K routed rows, V vocabulary, G expert groups, R rotary dims.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,16 +17,18 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_ND, weight_D.shape, weight_D.to(x_ND.dtype), eps)
 
 
-def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    """silu(gate) · up, where the last dimension holds [gate, up]; returns [..., F]."""
+def swiglu(gate_up_N2F: Tensor, scale_N: Tensor | None = None) -> Tensor:
+    """silu(gate) · up (· scale of the row), where the last dimension holds [gate, up]; returns [..., F]."""
     gate_NF, up_NF = gate_up_N2F.chunk(2, dim=-1)
-    return F.silu(gate_NF) * up_NF
+    y_NF = F.silu(gate_NF) * up_NF
+    return y_NF if scale_N is None else y_NF * scale_N.to(y_NF.dtype).unsqueeze(-1)
 
 
-def apply_rope(x_NR: Tensor, cos_NR2: Tensor, sin_NR2: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + R/2]) by the angles whose cosines and sines are given (broadcast over N)."""
-    a, b = x_NR.chunk(2, dim=-1)
-    return torch.cat([a * cos_NR2 - b * sin_NR2, b * cos_NR2 + a * sin_NR2], dim=-1)
+def apply_rope(x_ND: Tensor, cos_NR2: Tensor, sin_NR2: Tensor) -> Tensor:
+    """Rotate the last R dims by the given angles, in pairs (i, i + R/2); cos and sin broadcast."""
+    half = cos_NR2.shape[-1]
+    still, a, b = x_ND.split([x_ND.shape[-1] - 2 * half, half, half], dim=-1)
+    return torch.cat([still, a * cos_NR2 - b * sin_NR2, b * cos_NR2 + a * sin_NR2], dim=-1)
 
 
 def route(
@@ -54,42 +54,18 @@ def route(
     return choice_NE.topk(n_activated, dim=-1).indices
 
 
-class Permutation(NamedTuple):
-    """How routed rows are laid out expert by expert.
-
-    source_P: token of each row, sorted by expert. row_P: row of each (token, choice) pair, token-major: the inverse
-    order. load_E: rows per expert, int64. ends_E: where each expert's rows end, int32.
-    """
-
-    source_P: Tensor  # noqa: N815
-    row_P: Tensor  # noqa: N815
-    load_E: Tensor  # noqa: N815
-    ends_E: Tensor  # noqa: N815
+def routed_experts(
+    x_ND: Tensor, gates_NK: Tensor, indices_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Σ_k gate_k · expert_k(x), one token and one expert at a time: what permuting and grouped products must equal."""
+    rows = []
+    for x_D, gates_K, indices_K in zip(x_ND, gates_NK, indices_NK, strict=True):
+        outputs = [down_EDF[e] @ swiglu(gate_up_E2FD[e] @ x_D) for e in indices_K.tolist()]
+        rows.append(sum(gate * output for gate, output in zip(gates_K, outputs, strict=True)))
+    return torch.stack(rows)
 
 
-def permutation(indices_NK: Tensor, n_experts: int) -> Permutation:
-    """The stable order that gathers every expert's rows together."""
-    flat_P = indices_NK.flatten()
-    order_P = flat_P.argsort(stable=True)
-    row_P = torch.empty_like(order_P)
-    row_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    load_E = torch.zeros(n_experts, dtype=torch.int64, device=flat_P.device)
-    load_E.scatter_add_(0, flat_P, torch.ones_like(flat_P))
-    return Permutation(order_P // indices_NK.shape[1], row_P, load_E, load_E.cumsum(0).to(torch.int32))
-
-
-def permute(x_ND: Tensor, order: Permutation) -> Tensor:
-    """Copy each token's row to each of its experts; returns [P, D], expert by expert."""
-    return x_ND.index_select(0, order.source_P)
-
-
-def unpermute(y_PD: Tensor, gates_NK: Tensor, order: Permutation) -> Tensor:
-    """Sum each token's expert outputs, weighted by its gates; returns [N, D]."""
-    n_tokens, n_activated = gates_NK.shape
-    y_NKD = y_PD.index_select(0, order.row_P).view(n_tokens, n_activated, -1)
-    return torch.bmm(gates_NK.to(y_PD.dtype).unsqueeze(1), y_NKD).squeeze(1)
-
-
-def grouped_gemm(x_PD: Tensor, weight_EFD: Tensor, order: Permutation) -> Tensor:
-    """x @ weight[e]ᵀ for the rows of each expert e; returns [P, F]. D and F: multiples of 16 bytes."""
-    return F.grouped_mm(x_PD, weight_EFD.transpose(-2, -1), offs=order.ends_E)
+def linear_log_probs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(x @ Wᵀ / temperature)[target] per row, fp32."""
+    logits_NV = F.linear(x_ND, weight_VD.to(x_ND.dtype)).float() / temperature
+    return logits_NV.log_softmax(-1).gather(1, targets_N[:, None]).squeeze(1)

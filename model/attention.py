@@ -52,7 +52,7 @@ class GroupedQueryAttention(nn.Module):
         return self._attend(q, k, v, mask_BTT)
 
     def decode(self, x_BD: Tensor, rope: Rotation, mask_BS: Tensor, cache: Tensor) -> Tensor:
-        """One token per row into slot S − 1, attending to the slots where `mask_BS` is true."""
+        """One token per row into slot S − 1, with `mask_BS` (0 or -inf) added to the scores."""
         slots = mask_BS.shape[1]
         q, k, v = self._project(x_BD.unsqueeze(1), rope)
         cache[:, : self.n_kv_heads, slots - 1 : slots] = k
@@ -68,7 +68,7 @@ class GroupedQueryAttention(nn.Module):
     def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         heads_BTHd = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         qk, v = heads_BTHd.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
-        qk = kernels.apply_rope(qk, rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2))
+        qk = kernels.apply_rope(qk, *rope.per_head())
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -108,19 +108,20 @@ class LatentAttention(nn.Module):
 
     def prefill(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None, cache: Tensor) -> Tensor:
         """`forward` that also writes the first T slots of the cache."""
-        q_nope, q_rope, latent_BTL = self._project(x_BTD, rope)
+        q_BTHd, latent_BTL = self._project(x_BTD, rope)
         cache[:, : x_BTD.shape[1]] = latent_BTL
-        return self._attend(q_nope, q_rope, latent_BTL, mask_BTT)
+        return self._attend(q_BTHd, latent_BTL, mask_BTT)
 
     def decode(self, x_BD: Tensor, rope: Rotation, mask_BS: Tensor, cache: Tensor) -> Tensor:
-        """One token per row into slot S − 1, attending to the slots where `mask_BS` is true."""
+        """One token per row into slot S − 1, with `mask_BS` (0 or -inf) added to the scores."""
         slots = mask_BS.shape[1]
-        q_nope_BTHn, q_rope_BTHr, latent_BTL = self._project(x_BD.unsqueeze(1), rope)
+        q_BTHd, latent_BTL = self._project(x_BD.unsqueeze(1), rope)
         cache[:, slots - 1 : slots] = latent_BTL
         up_HUC = self.kv_up.weight.to(x_BD.dtype).view(self.n_heads, -1, self.rank)
         key_HnC, value_HvC = up_HUC.split([self.nope_dim, self.value_dim], dim=1)
-        q_HBC = torch.bmm(q_nope_BTHn[:, 0].transpose(0, 1), key_HnC)
-        q_BHL = torch.cat([q_HBC.transpose(0, 1), q_rope_BTHr[:, 0]], dim=-1)
+        q_BHn, q_BHr = q_BTHd[:, 0].split([self.nope_dim, self.rope_dim], dim=-1)
+        q_HBC = torch.bmm(q_BHn.transpose(0, 1), key_HnC)
+        q_BHL = torch.cat([q_HBC.transpose(0, 1), q_BHr], dim=-1)
         # Heads stand where a sequence would. Keys and values are both the cache itself (a fused kernel wants equal
         # widths), so the sum's rotary part is computed and dropped.
         cache_B1SL = cache[:, None, :slots]
@@ -131,22 +132,22 @@ class LatentAttention(nn.Module):
         y_HBv = torch.bmm(y_HBC, value_HvC.transpose(1, 2))
         return self.out(y_HBv.transpose(0, 1).flatten(1))
 
-    def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries without and with rotation [B, T, H, N], [B, T, H, R], and what is cached: [B, T, C + R]."""
+    def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, N + R] and what is cached [B, T, C + R], both with their last R dims rotated."""
         q, latent, key = self.qkv(x_BTD).split([self.query_width, self.rank, self.rope_dim], dim=-1)
         if self.q_norm is not None and self.q_up is not None:
             q = self.q_up(self.q_norm(q))
-        q_nope, q_rope = q.unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], dim=-1)
-        q_rope = kernels.apply_rope(q_rope, rope.cos.unsqueeze(-2), rope.sin.unsqueeze(-2))
-        return q_nope, q_rope, torch.cat([self.kv_norm(latent), kernels.apply_rope(key, *rope)], dim=-1)
+        q_BTHd = kernels.apply_rope(q.unflatten(-1, (self.n_heads, -1)), *rope.per_head())
+        return q_BTHd, kernels.apply_rope(torch.cat([self.kv_norm(latent), key], dim=-1), *rope)
 
-    def _attend(self, q_nope: Tensor, q_rope: Tensor, latent_BTL: Tensor, mask_BTT: Tensor | None) -> Tensor:
+    def _attend(self, q_BTHd: Tensor, latent_BTL: Tensor, mask_BTT: Tensor | None) -> Tensor:
         latent_BTC, key_BTR = latent_BTL.split([self.rank, self.rope_dim], dim=-1)
         up_BTHU = self.kv_up(latent_BTC).unflatten(-1, (self.n_heads, -1))
         k_nope, v = up_BTHU.split([self.nope_dim, self.value_dim], dim=-1)
-        k = torch.cat([k_nope, key_BTR.unsqueeze(2).expand(-1, -1, self.n_heads, -1)], dim=-1)
-        q = torch.cat([q_nope, q_rope], dim=-1)
-        return self.out(_attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask_BTT, self.scale))
+        k_BTHd = torch.cat([k_nope, key_BTR.unsqueeze(2).expand(-1, -1, self.n_heads, -1)], dim=-1)
+        return self.out(
+            _attend(q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v.transpose(1, 2), mask_BTT, self.scale)
+        )
 
 
 def _attend(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, mask_BTT: Tensor | None, scale: float) -> Tensor:

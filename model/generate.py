@@ -83,7 +83,8 @@ class _Batch:
         self.first_B = torch.tensor([self.width - len(prompt) for prompt in prompts], device=device)
         padded = [[0] * (self.width - len(prompt)) + list(prompt) for prompt in prompts]
         self.prompts_BT = torch.tensor(padded, device=device)
-        self.visible_BS = torch.arange(n_slots, device=device) >= self.first_B[:, None]
+        hidden_BS = torch.arange(n_slots, device=device) < self.first_B[:, None]
+        self.mask_BS = torch.zeros(hidden_BS.shape, dtype=dtype, device=device).masked_fill_(hidden_BS, float("-inf"))
         self.tokens_BT = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs_BT = torch.zeros(len(prompts), max_new_tokens, device=device)
         self.lengths_B = torch.full((len(prompts),), max_new_tokens, device=device)
@@ -119,7 +120,7 @@ class _Batch:
         x_BTD = self.model.embed(self.prompts_BT)
         positions_T = torch.arange(self.width, device=x_BTD.device)
         rope = rotation(self.model.config, (positions_T - self.first_B[:, None]).clamp_min(0), x_BTD.dtype)
-        visible_BT = self.visible_BS[:, : self.width]
+        visible_BT = self.mask_BS[:, : self.width] == 0
         mask_BTT = None
         if bool(self.first_B.any()):
             # A padding query sees itself, or its softmax would be 0/0.
@@ -135,9 +136,9 @@ class _Batch:
         """Run one token per row, kept in `slot`; returns the states [B, D]."""
         x_BD = self.model.embed(tokens_B)
         rope = rotation(self.model.config, (slot - self.first_B)[:, None], x_BD.dtype)
-        visible_BS = self.visible_BS[:, : slot + 1]
+        mask_BS = self.mask_BS[:, : slot + 1]
         for block, cache in zip(self.blocks, self.cache, strict=True):
-            x_BD = x_BD + block.attention.decode(block.attention_norm(x_BD), rope, visible_BS, cache)
+            x_BD = x_BD + block.attention.decode(block.attention_norm(x_BD), rope, mask_BS, cache)
             x_BD = x_BD + _ffn(block, block.ffn_norm(x_BD))
         return x_BD
 
@@ -150,7 +151,7 @@ class _Batch:
             kept = cache.new_empty(int(going_B.sum()), *cache.shape[1:])
             kept[..., :n_slots, :] = cache[going_B][..., :n_slots, :]
             self.cache[layer] = kept
-        self.first_B, self.visible_BS = self.first_B[going_B], self.visible_BS[going_B]
+        self.first_B, self.mask_BS = self.first_B[going_B], self.mask_BS[going_B]
 
 
 class _Sampler:
@@ -162,13 +163,15 @@ class _Sampler:
     def __call__(self, logits_BV: Tensor, rows_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Tokens and their log-probabilities (fp32) at the sampling temperature, before top-p."""
         if self.temperature == 0:
+            probabilities_BV = logits_BV.softmax(-1)
             tokens_B = logits_BV.argmax(-1)
         else:
-            logits_BV = logits_BV / self.temperature
             draws_B1 = self.draws_BT[rows_B, step, None]
-            tokens_B = sample(logits_BV.softmax(-1), draws_B1, self.top_p)
-        logprobs_B = logits_BV.gather(1, tokens_B[:, None]).squeeze(1) - logits_BV.logsumexp(-1)
-        return tokens_B, logprobs_B
+            if self.temperature != 1:
+                logits_BV = logits_BV / self.temperature
+            probabilities_BV = logits_BV.softmax(-1)
+            tokens_B = sample(probabilities_BV, draws_B1, self.top_p)
+        return tokens_B, probabilities_BV.gather(1, tokens_B[:, None]).squeeze(1).log()
 
 
 def sample(probabilities_BV: Tensor, draws_B1: Tensor, top_p: float) -> Tensor:

@@ -24,7 +24,10 @@ class Balance(NamedTuple):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer as two stacked matrices, run as grouped products over rows sorted by expert."""
+    """All routed experts of a layer as two stacked matrices, run as grouped products over rows sorted by expert.
+
+    Gates scale the hidden rows: `down` is linear, so that is the same sum, over F numbers a row in place of D.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,8 +37,9 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, order: kernels.Permutation) -> Tensor:
         x_PD = kernels.permute(x_ND, order)
-        h_PF = kernels.swiglu(kernels.grouped_gemm(x_PD, self.gate_up.to(x_ND.dtype), order))
-        return kernels.unpermute(kernels.grouped_gemm(h_PF, self.down.to(x_ND.dtype), order), gates_NK, order)
+        gates_P = kernels.permute_gates(gates_NK, order)
+        h_PF = kernels.swiglu(kernels.grouped_gemm(x_PD, self.gate_up.to(x_ND.dtype), order), gates_P)
+        return kernels.unpermute(kernels.grouped_gemm(h_PF, self.down.to(x_ND.dtype), order), order, len(x_ND))
 
 
 class MoE(nn.Module):
@@ -52,7 +56,7 @@ class MoE(nn.Module):
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Balance]:
         x_ND = x_BTD.flatten(0, 1)
         gates_NK, indices_NK, scores_NE = self.router(x_ND)
-        order = kernels.permutation(indices_NK, self.n_experts)
+        order = kernels.permutation(indices_NK, self.n_experts, x_ND.dtype)
         y_ND = self.experts(x_ND, gates_NK, order)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
@@ -61,5 +65,5 @@ class MoE(nn.Module):
     def decode(self, x_ND: Tensor) -> Tensor:
         """`forward` without the bookkeeping of balance."""
         gates_NK, indices_NK, _ = self.router(x_ND)
-        y_ND = self.experts(x_ND, gates_NK, kernels.permutation(indices_NK, self.n_experts))
+        y_ND = self.experts(x_ND, gates_NK, kernels.permutation(indices_NK, self.n_experts, x_ND.dtype))
         return y_ND if self.shared is None else y_ND + self.shared(x_ND)

@@ -21,6 +21,10 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
+    def per_head(self) -> Rotation:
+        """The same with a dimension of one for the heads: [..., 1, R/2]."""
+        return Rotation(self.cos.unsqueeze(-2), self.sin.unsqueeze(-2))
+
 
 def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
     """The rotation of integer `positions` [...]; angles in fp32, rounded to `dtype` at the end."""
