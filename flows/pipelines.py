@@ -100,7 +100,8 @@ class Pipeline:
 
 
 def _evaluate(name: str, checkpoint: str) -> Node:
-    return Node(f"evaluate_{name}", "evaluate", {"checkpoint": checkpoint, "problems": "generate_problems"})
+    text = {"tokens": "tokenize"} if name == "base" else {}
+    return Node(f"evaluate_{name}", "evaluate", {"checkpoint": checkpoint, "problems": "generate_problems", **text})
 
 
 def _rl(name: str, checkpoint: str) -> Node:
@@ -141,14 +142,14 @@ LINE = Pipeline(
         _rl("reasoning_rl", "cold_start"),
         _EVALUATIONS["reasoning_rl"],
         Node("rejection_sample", "rejection_sample", {"checkpoint": "reasoning_rl", "problems": "generate_problems"}),
-        Node("sft", "sft", {"checkpoint": "extend_context", "conversations": {"sampled": "rejection_sample"}}),
+        Node("sft", "sft", {"checkpoint": "extend_context", "conversations": "rejection_sample"}),
         _rl("final_rl", "sft"),
         _EVALUATIONS["r1"],
         Node("teacher_samples", "rejection_sample", {"checkpoint": "final_rl", "problems": "generate_problems"}),
         Node("student_base_llama", "pretrain", {"tokens": "tokenize"}),
         Node("student_base_qwen", "pretrain", {"tokens": "tokenize"}),
-        Node("distill_llama", "distill", {"checkpoint": "student_base_llama", "conversations": "teacher_samples"}),
-        Node("distill_qwen", "distill", {"checkpoint": "student_base_qwen", "conversations": "teacher_samples"}),
+        Node("distill_llama", "distill", {"student": "student_base_llama", "conversations": "teacher_samples"}),
+        Node("distill_qwen", "distill", {"student": "student_base_qwen", "conversations": "teacher_samples"}),
         _rl("rl_student_llama", "student_base_llama"),
         _EVALUATIONS["distill_llama"],
         _EVALUATIONS["distill_qwen"],

@@ -34,14 +34,15 @@ class Recipe:
 
     def resolve(self, pipeline: Pipeline, settings: Iterable[str] = (), load: Load = stages.load) -> dict[str, Config]:
         """The checked config of every node, with `node.field=value` settings applied in order."""
-        configs = {}
-        for node in pipeline.nodes:
-            where = f"recipe {self.name}, {node.name}"
-            configs[node.name] = load(node.stage).config_type.parse(self.configs.get(node.name, {}), where)
+        types = {node.name: load(node.stage).config_type for node in pipeline.nodes}
+        values = {name: self.configs.get(name, {}) for name in types}
+        configs = {name: types[name].parse(values[name], f"recipe {self.name}, {name}") for name in types}
         for setting in settings:
             path, value = parse_setting(setting)
             for name in _targets(pipeline, path[0]):
-                configs[name] = _changed(configs[name], path[1:], value, f"--set {name}")
+                where = f"--set {name}"
+                values[name] = _changed(configs[name], values[name], path[1:], value, where)
+                configs[name] = types[name].parse(values[name], where)
         return configs
 
 
@@ -76,29 +77,19 @@ def _targets(pipeline: Pipeline, name: str) -> list[str]:
     return of_stage
 
 
-def _changed(config: Config, path: list[str], value: Any, where: str) -> Config:
-    """A checked copy of a config with one field, however deep, replaced.
+def _changed(model: BaseModel, values: Values, path: list[str], value: Any, where: str) -> dict[str, Any]:
+    """Values with one field, however deep, replaced.
 
-    Only what was set explicitly is carried over, so that what a config derives from other fields is derived anew.
+    Only what was given is carried over, so that what a config derives from other fields is derived anew.
     """
-    return type(config).parse(_with(config, path, value, where), where)
-
-
-def _with(model: BaseModel, path: list[str], value: Any, where: str) -> dict[str, Any]:
     name, rest = path[0], path[1:]
     fields = type(model).model_fields
     if name not in fields:
         raise ConfigError(f"{where}: no field {name!r}; {nearest(name, fields)}")
-    values = {key: getattr(model, key) for key in model.model_fields_set}
-    values = {
-        key: item.model_dump(exclude_unset=True) if isinstance(item, BaseModel) else item
-        for key, item in values.items()
-    }
     if not rest:
         return {**values, name: value}
     inner = getattr(model, name)
-    if isinstance(inner, BaseModel):
-        return {**values, name: _with(inner, rest, value, f"{where}.{name}")}
-    if isinstance(inner, Mapping) and len(rest) == 1:
-        return {**values, name: {**inner, rest[0]: value}}
-    raise ConfigError(f"{where}.{name} is a plain value: there is no {'.'.join(rest)!r} in it")
+    if not isinstance(inner, BaseModel):
+        raise ConfigError(f"{where}.{name} is a plain value: there is no {'.'.join(rest)!r} in it")
+    given = values[name] if name in values else inner.model_dump(exclude_unset=True)
+    return {**values, name: _changed(inner, given, rest, value, f"{where}.{name}")}
