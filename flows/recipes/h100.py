@@ -1,0 +1,114 @@
+"""One 80 GB GPU, tens of minutes: the same nodes as `tiny` with more of everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flows.recipes import Recipe
+
+FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown", "compare", "sort", "reverse", "knights_and_knaves")
+ROLLOUT = {"max_new_tokens": 256}
+GPU = {"precision": "bf16"}
+
+MODEL = {
+    **{"family": "deepseek_v3", "d_model": 768, "n_layers": 12, "n_heads": 12, "d_ff": 3072},
+    **{"q_lora_rank": 384, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
+    **{"n_dense_layers": 1, "n_routed_experts": 32, "n_activated_experts": 4, "n_shared_experts": 1, "moe_d_ff": 512},
+    **{"n_groups": 8, "n_limited_groups": 4, "route_scale": 2.5, "n_mtp": 1},
+}
+STUDENT = {"d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 4, "d_ff": 1408}
+STUDENT_BASE = {
+    "steps": 3000,
+    "batch_size": 128,
+    "sequence_length": 1024,
+    "learning_rate": {"schedule": "wsd", "peak": 1e-3, "warmup_steps": 200},
+    "micro_batch_size": 32,
+    "validation_every": 500,
+    **GPU,
+}
+RL = {
+    "groups_per_step": 64,
+    "group_size": 16,
+    "rollout_groups": 64,
+    "learning_rate": 5e-5,
+    "micro_batch_tokens": 65536,
+    **ROLLOUT,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "ingest_api_zh": {"source": {"kind": "builtin", "name": "api_reference_zh"}},
+    "ingest_api_en": {"source": {"kind": "builtin", "name": "api_reference_en"}},
+    "ingest_python_docs": {"source": {"kind": "builtin", "name": "python_docs"}},
+    "ingest_python_code": {"source": {"kind": "builtin", "name": "python_code"}},
+    "ingest_math": {"source": {"kind": "worked_problems", "families": FAMILIES, "n": 200_000}},
+    "deduplicate": {"threshold": 0.8},
+    "filter": {"quality_documents": 8000},
+    "mix": {
+        "shares": [
+            {"language": "*", "domain": "math", "weight": 0.4},
+            {"language": "zh", "weight": 0.25},
+            {"language": "en", "weight": 0.25},
+            {"language": "code", "weight": 0.1},
+        ],
+        "max_epochs": 4.0,
+    },
+    "train_tokenizer": {"vocab_size": 16384, "digits": "single"},
+    "tokenize": {"validation_fraction": 0.01},
+    "generate_problems": {"families": FAMILIES, "n_train": 60_000, "n_heldout": 1_000},
+    "pretrain": {
+        "model": MODEL,
+        "steps": 6000,
+        "batch_size": 128,
+        "batch_ramp": {"start": 32, "until": 0.05},
+        "sequence_length": 1024,
+        "learning_rate": {"schedule": "v3", "peak": 8e-4, "warmup_steps": 300},
+        "micro_batch_size": 32,
+        "validation_every": 500,
+        "validation_windows": 64,
+        **GPU,
+    },
+    "extend_context": {
+        "phases": [
+            {"sequence_length": 4096, "rope_factor": 16.0, "steps": 200, "batch_size": 32},
+            {"sequence_length": 16384, "rope_factor": 16.0, "steps": 200, "batch_size": 8},
+        ],
+        "learning_rate": {"schedule": "constant", "peak": 8e-5},
+        "micro_batch_size": 2,
+        **GPU,
+    },
+    "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ROLLOUT},
+    "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 150, **RL},
+    "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ROLLOUT},
+    "cold_start": {"problems": {"limit": 8000}, "epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "evaluate_cold_start": {"name": "cold_start", "samples": 16, **ROLLOUT},
+    "reasoning_rl": {
+        "name": "reasoning_rl",
+        "steps": 300,
+        "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1},
+        **RL,
+    },
+    "evaluate_reasoning_rl": {"name": "reasoning_rl", "samples": 16, **ROLLOUT},
+    "rejection_sample": {"problems": {"limit": 20_000}, "samples": 8, "keep_per_problem": 2, **ROLLOUT},
+    "sft": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "final_rl": {
+        "name": "final_rl",
+        "steps": 150,
+        "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1},
+        **RL,
+    },
+    "evaluate_r1": {"name": "r1", "samples": 32, **ROLLOUT},
+    "teacher_samples": {"problems": {"limit": 40_000}, "samples": 4, "keep_per_problem": 2, "seed": 1, **ROLLOUT},
+    "student_base_llama": {"model": {"family": "llama", **STUDENT}, **STUDENT_BASE},
+    "student_base_qwen": {"model": {"family": "qwen2", **STUDENT}, **STUDENT_BASE},
+    "distill_llama": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "distill_qwen": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "steps": 150, **RL},
+    "evaluate_distill_llama": {"name": "distilled_llama", "samples": 16, **ROLLOUT},
+    "evaluate_distill_qwen": {"name": "distilled_qwen", "samples": 16, **ROLLOUT},
+    "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "samples": 16, **ROLLOUT},
+    "report": {"title": "The line on one GPU"},
+}
+
+
+def recipe(name: str) -> Recipe:
+    return Recipe(name, "one 80 GB GPU, tens of minutes", CONFIGS)
