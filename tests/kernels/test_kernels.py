@@ -1,0 +1,117 @@
+"""Every operation against its plain definition in `kernels.reference`: values and gradients."""
+
+import pytest
+import torch
+
+import kernels
+from kernels import grouped, reference
+
+
+def check(fast, slow, *inputs, dtype=torch.float32):
+    """Largest relative error of outputs and of the gradients of every floating input."""
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    results = []
+    for function in (fast, slow):
+        leaves = [x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+        y = function(*leaves)
+        torch.manual_seed(1)
+        y.backward(torch.randn(y.shape).to(y.dtype))
+        results.append([y.detach(), *(leaf.grad for leaf in leaves if leaf.is_floating_point())])
+    errors = []
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        errors.append(((a.float() - b.float()).norm() / b.float().norm()).item())
+    print("relative errors", *(f"{error:.1e}" for error in errors))
+    assert max(errors) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_equals_its_definition(dtype):
+    x = torch.randn(3, 50, 96).to(dtype)
+
+    def with_eps(function):
+        return lambda x, weight: function(x, weight, 1e-6)
+
+    check(with_eps(kernels.rms_norm), with_eps(reference.rms_norm), x, torch.randn(96), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_swiglu_equals_its_definition_with_and_without_row_scales(dtype, scaled):
+    x = torch.randn(200, 64).to(dtype)
+    check(kernels.swiglu, reference.swiglu, x, *([torch.rand(200)] if scaled else []), dtype=dtype)
+
+
+def test_rope_turns_the_last_dims_and_leaves_the_rest():
+    angles = torch.rand(30, 4)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    x = torch.randn(2, 30, 3, 20)
+    check(lambda x: kernels.apply_rope(x, cos, sin), lambda x: reference.apply_rope(x, cos, sin), x)
+    y = kernels.apply_rope(x, cos, sin)
+    assert torch.equal(y[..., :12], x[..., :12])
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("tile", [1, 16, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routed_experts_equal_a_loop_over_tokens_in_every_layout(tile, dtype):
+    torch.manual_seed(0)
+    n_tokens, n_experts, width, hidden = 90, 6, 32, 24
+    indices = torch.rand(n_tokens, n_experts).topk(3).indices
+    indices[indices == 4] = 5  # an expert without tokens; a repeated choice is harmless here
+    x, gates = torch.randn(n_tokens, width).to(dtype), torch.rand(n_tokens, 3)
+    gate_up = (torch.randn(n_experts, 2 * hidden, width) * 0.2).to(dtype)
+    down = (torch.randn(n_experts, width, hidden) * 0.2).to(dtype)
+
+    def fast(x, gates, gate_up, down):
+        order = grouped.layout(indices, n_experts, tile)
+        assert order.load_E.tolist() == indices.flatten().bincount(minlength=n_experts).tolist()
+        h = kernels.swiglu(
+            kernels.grouped_gemm(kernels.permute(x, order), gate_up, order), kernels.permute_gates(gates, order)
+        )
+        return kernels.unpermute(kernels.grouped_gemm(h, down, order), order, n_tokens)
+
+    def slow(x, gates, gate_up, down):
+        return reference.routed_experts(x, gates.to(dtype), indices, gate_up, down)
+
+    check(fast, slow, x, gates, gate_up, down, dtype=dtype)
+
+
+def test_a_tiled_layout_has_one_shape_whatever_the_loads():
+    even = torch.arange(64).view(-1, 1) % 4
+    all_to_one = torch.zeros(64, 1, dtype=torch.int64)
+    layouts = [grouped.layout(indices, 4, 16) for indices in (even, all_to_one)]
+    assert layouts[0].pair_P.shape == layouts[1].pair_P.shape
+    for order in layouts:
+        assert order.real_P.sum() == 64
+        assert torch.equal(order.pair_P[order.row_R], torch.arange(64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_equal_a_whole_softmax_over_several_chunks(dtype, temperature, monkeypatch):
+    monkeypatch.setattr("kernels.log_probs.CHUNK_BYTES", 4 * 500 * 32)
+    x, weight = torch.randn(100, 24).to(dtype), torch.randn(500, 24) * 0.3
+    targets = torch.randint(500, (100,))
+    check(
+        lambda x, w: kernels.linear_log_probs(x, w, targets, temperature),
+        lambda x, w: reference.linear_log_probs(x, w, targets, temperature),
+        x,
+        weight,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("group_top", [1, 2])
+def test_routing_equals_the_papers_rule_token_by_token(group_top):
+    torch.manual_seed(0)
+    n_experts, n_groups, n_limited, k = 16, 4, 2, 3
+    scores, bias = torch.rand(50, n_experts), torch.rand(n_experts) - 0.5
+    chosen = kernels.route(scores, bias, k, n_groups, n_limited, group_top)
+    for token in range(50):
+        biased = (scores[token] + bias).tolist()
+        groups = [list(range(4 * g, 4 * g + 4)) for g in range(n_groups)]
+        groups.sort(key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:group_top]))
+        allowed = [e for group in groups[:n_limited] for e in group]
+        expected = sorted(allowed, key=lambda e: -biased[e])[:k]
+        assert chosen[token].tolist() == expected
