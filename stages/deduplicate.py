@@ -95,7 +95,9 @@ def deduplicate(config: DeduplicateConfig, inputs: Inputs, ctx: Context) -> dict
         tasks.append((number, path, [row - first for row in range(first, last) if row not in removed]))
         first = last
     kept_bytes = sum(over_shards(partial(_keep, ctx.out), tasks, ctx, size))
-    similarity = {d: jaccard(hashes[d], hashes[k]) if kind == "near" else 1.0 for d, (k, kind) in removed.items()}
+    for document, (kept, kind) in removed.items():
+        removed[document] = (removed[kept][0] if kept in removed else kept, kind)  # name what is still there
+    similarity = {d: jaccard(hashes[d], hashes[k]) if len(hashes[d]) else 1.0 for d, (k, _) in removed.items()}
     table = pa.table(
         [
             [ids[document] for document in sorted(removed)],

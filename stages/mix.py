@@ -1,7 +1,7 @@
 """Mix: choose how much of each language and domain a model reads, and shuffle it into one corpus.
 
-A group (a language and a domain) has a weight: its share of the bytes. `budget_bytes` is spread by weight; a group with
-too little text is read up to `max_epochs` times, and what it still lacks goes to the others by weight. Whole copies
+A group (a language, a domain or both) has a weight: its share of the bytes. `budget_bytes` is spread by weight; a
+group with too little text is read up to `max_epochs` times, and what it still lacks goes to the others by weight. Whole copies
 first, then a seeded sample. `mixture.json` records what was wanted, what there was and what was taken.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pydantic import Field, model_validator
 
 from infra.config import Config
-from infra.errors import ConfigError
+from infra.errors import ConfigError, InputError
 from infra.stage import Context, Inputs, stage
 from stages.corpus.document import Document, fraction, read_documents, shard_bytes, write_documents
 from stages.corpus.plots import bars
@@ -24,7 +24,7 @@ EVERY = "*"
 
 
 class Share(Config):
-    """The weight of one group. `*` stands for every language or domain that no other entry names."""
+    """The weight of one group; `*` stands for every language or domain. A document belongs to the first that fits."""
 
     language: str = EVERY
     domain: str = EVERY
@@ -47,16 +47,12 @@ class MixConfig(Config):
         return self
 
     def share_of(self, document: Document) -> str | None:
-        """The name of the entry that a document falls under, the most exact one first; None if none does."""
-        names = {(share.language, share.domain) for share in self.shares}
-        for language, domain in (
-            (document.language, document.domain),
-            (document.language, EVERY),
-            (EVERY, document.domain),
-            (EVERY, EVERY),
-        ):
-            if (language, domain) in names:
-                return f"{language}/{domain}"
+        """The first entry that fits a document, as "language/domain"; None if none does."""
+        if not self.shares:
+            return f"{document.language}/{document.domain}"
+        for share in self.shares:
+            if share.language in (EVERY, document.language) and share.domain in (EVERY, document.domain):
+                return f"{share.language}/{share.domain}"
         return None
 
 
@@ -66,11 +62,13 @@ def mix(config: MixConfig, inputs: Inputs, ctx: Context) -> dict:
     groups: dict[str, list[Document]] = {}
     unused = 0
     for document in read_documents(inputs["documents"].path):
-        name = config.share_of(document) if config.shares else f"{document.language}/{document.domain}"
+        name = config.share_of(document)
         if name is None:
             unused += 1
         else:
             groups.setdefault(name, []).append(document)
+    if not groups and not unused:
+        raise InputError("mix was given no document: ingest more text, or loosen the filter")
     available = {name: sum(document.bytes for document in groups[name]) for name in sorted(groups)}
     weights = _weights(config, available)
     targets = allocate(weights, available, config.budget_bytes, config.max_epochs)
@@ -82,7 +80,7 @@ def mix(config: MixConfig, inputs: Inputs, ctx: Context) -> dict:
     taken: Counter[str] = Counter()
     languages: Counter[str] = Counter()
     for document in chosen:
-        name = config.share_of(document) if config.shares else f"{document.language}/{document.domain}"
+        name = config.share_of(document)
         taken[name] += document.bytes
         languages[document.language] += document.bytes
     rows = {

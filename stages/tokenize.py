@@ -1,7 +1,8 @@
 """Tokenize: documents to packed token shards, split into training and validation by document.
 
 A document is `BOS ids EOS`: the EOS ends what the model learns to end, and the BOS makes every text begin as every
-prompt does. The split is a hash of the id without its copy number: no document that `mix` repeats is on both sides. Shards are made side by side, one of each split from one documents shard.
+prompt does. The split is a hash of the id without its copy number: no document that `mix` repeats is on both sides.
+Shards are made side by side, one of each split from one documents shard.
 """
 
 from __future__ import annotations
