@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from infra.errors import InputError
+from infra.metrics import METRICS
 
 Kind = Literal[
     "documents",
@@ -82,6 +83,7 @@ class Manifest(_Record):
     files: tuple[FileEntry, ...]
     created: datetime
     payload: str = Field("", description="sub-folder of the files, for stores that cannot rename a folder")
+    seal: str = Field("", description="digest of all the rest of this manifest, so that an edited one is noticed")
 
     @property
     def bytes(self) -> int:
@@ -90,8 +92,13 @@ class Manifest(_Record):
 
     @property
     def content_digest(self) -> str:
-        """SHA-256 over the files' names and contents: equal for equal results."""
-        return digest([[file.path, file.sha256] for file in self.files])
+        """SHA-256 over the files' names and contents: equal for equal results. Metrics carry clock times: left out."""
+        return digest([[file.path, file.sha256] for file in self.files if file.path != METRICS])
+
+    def sealed_json(self) -> str:
+        """The text that a store keeps, `seal` filled in."""
+        record = json.loads(self.model_dump_json(exclude={"seal"}))
+        return json.dumps(record | {"seal": digest(record)}, indent=1, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

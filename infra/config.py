@@ -66,4 +66,5 @@ def nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"choose from {', '.join(names)}" if names else "none exist"
+    shown = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
+    return f"choose from {shown}" if names else "none exist"

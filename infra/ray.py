@@ -14,6 +14,7 @@ import random
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from infra.metrics import Report
 from infra.settings import Settings
 
 POLL_SECONDS = 0.3
+GRACE_SECONDS = 2.0  # for the other ranks to say why they failed, after the first did
 
 
 def session(settings: Settings | None = None) -> None:
@@ -70,7 +72,8 @@ def ray_map(
 ) -> Iterator[Any]:
     """Yield fn(item) in order, computed by Ray tasks of `threads` CPUs each, with few items in flight.
 
-    `items` may be lazy. An exception of `fn` is raised here as itself, and what is in flight is cancelled.
+    `items` may be lazy. An exception of `fn` is raised here as itself; what is in flight then ends by itself, for
+    `ray.cancel` of a task that is just being started aborts the driver (Ray 2.60, "task that was not pending").
     """
     import ray
 
@@ -82,21 +85,16 @@ def ray_map(
     pending: list[Any] = []
     done = 0
     source = iter(items)
-    try:
-        while True:
-            while len(pending) < flight and (item := next(source, _END)) is not _END:
-                pending.append(remote.remote(fn, item, threads))
-            if not pending:
-                return
-            result = _get(ray, pending[0])
-            pending.pop(0)
-            done += 1
-            if ctx is not None:
-                ctx.report(done, total, unit)
-            yield result
-    finally:
-        for ref in pending:
-            ray.cancel(ref, force=True)
+    while True:
+        while len(pending) < flight and (item := next(source, _END)) is not _END:
+            pending.append(remote.remote(fn, item, threads))
+        if not pending:
+            return
+        result = _get(ray, pending.pop(0))
+        done += 1
+        if ctx is not None:
+            ctx.report(done, total, unit)
+        yield result
 
 
 def spmd(
@@ -105,7 +103,7 @@ def spmd(
     """Run fn(job, report) once a rank and return the results by rank.
 
     Each rank has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT and joins the process group itself.
-    Rank 0's reports reach `ctx.report`. The first failure cancels every rank and is raised.
+    Rank 0's reports reach `ctx.report`. The first failure ends every rank and is raised.
     """
     import ray
 
@@ -124,17 +122,14 @@ def spmd(
         waiting = list(refs)
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
-            for ref in ready:
-                _get(ray, ref)
+            _raise_first_failure(ray, refs, ready, mailbox)
             for done, total, unit, metrics in ray.get(mailbox.drain.remote()):
                 ctx.report(done, total, unit, **metrics)
         for done, total, unit, metrics in ray.get(mailbox.drain.remote()):
             ctx.report(done, total, unit, **metrics)
         return list(ray.get(refs))
     finally:
-        for ref in refs:
-            ray.cancel(ref, force=True)
-        ray.kill(mailbox)
+        ray.kill(mailbox)  # and with it every rank that still runs, such as one that waits in a collective
 
 
 _END = object()
@@ -146,6 +141,7 @@ class _Mailbox:
     def __init__(self) -> None:
         self.letters: list[tuple[int, int, str, dict[str, float]]] = []
         self.master: tuple[str, int] | None = None
+        self.failed: int | None = None
 
     def post(self, done: int, total: int, unit: str, metrics: dict[str, float]) -> None:
         self.letters.append((done, total, unit, metrics))
@@ -158,6 +154,10 @@ class _Mailbox:
         self.master = master or self.master
         return self.master
 
+    def fail(self, rank: int | None = None) -> int | None:
+        self.failed = rank if self.failed is None else self.failed
+        return self.failed
+
 
 def _run_rank(fn: Callable[..., Any], job: Any, mailbox: Any, rank: int, workers: int, threads: int) -> Any:
     import ray
@@ -167,19 +167,71 @@ def _run_rank(fn: Callable[..., Any], job: Any, mailbox: Any, rank: int, workers
         time.sleep(0.02)
         master = ray.get(mailbox.meet.remote())
     local_rank = 0 if ray.get_gpu_ids() else rank  # Ray shows each worker its own GPU as device 0
-    os.environ |= {
+    torchrun = {
         "RANK": str(rank),
         "WORLD_SIZE": str(workers),
         "LOCAL_RANK": str(local_rank),
         "MASTER_ADDR": master[0],
         "MASTER_PORT": str(master[1]),
     }
+    os.environ |= torchrun
 
     def report(done: int, total: int, unit: str, **metrics: float) -> None:
         if rank == 0:
             mailbox.post.remote(done, total, unit, metrics)
 
-    return _with_threads(lambda work: fn(work, report), job, threads)
+    done = threading.Event()
+    threading.Thread(target=_die_with, args=(ray, mailbox, done), daemon=True).start()
+    try:
+        return _with_threads(lambda work: fn(work, report), job, threads)
+    except Exception:
+        ray.get(mailbox.fail.remote(rank))  # before the peers notice that this rank has left
+        raise
+    finally:
+        done.set()
+        _leave_group()
+        for name in torchrun:
+            os.environ.pop(name, None)
+
+
+def _leave_group() -> None:
+    """Ray keeps the process for later tasks: a rank that failed must not leave its process group to them."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _die_with(ray: Any, mailbox: Any, done: threading.Event) -> None:
+    """End this worker process when the driver has given the job up, unless the rank is done before."""
+    while not done.wait(POLL_SECONDS):
+        try:
+            ray.get(mailbox.meet.remote())
+        except ray.exceptions.RayActorError:
+            if not done.is_set():
+                os._exit(1)
+            return
+
+
+def _raise_first_failure(ray: Any, refs: list[Any], ready: list[Any], mailbox: Any) -> None:
+    """Raise what failed first: a rank that loses a peer fails as well, with less to say about why."""
+    if not any(_failure(ray, ref) for ref in ready):
+        return
+    ended, _ = ray.wait(refs, num_returns=len(refs), timeout=GRACE_SECONDS)
+    failures = {refs.index(ref): error for ref in ended if (error := _failure(ray, ref))}
+    first = failures.get(ray.get(mailbox.fail.remote()))
+    killed = next((error for error in failures.values() if isinstance(error, StageFailed)), None)
+    if killed and (first is None or isinstance(first, RuntimeError)):  # torch.distributed's errors are RuntimeErrors
+        raise killed
+    raise first or next(iter(failures.values()))
+
+
+def _failure(ray: Any, ref: Any) -> Exception | None:
+    try:
+        _get(ray, ref)
+    except Exception as error:
+        return error
+    return None
 
 
 def _with_threads(fn: Callable[[Any], Any], item: Any, threads: int) -> Any:
@@ -196,9 +248,10 @@ def _get(ray: Any, ref: Any) -> Any:
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, FathomError):
-            raise error.cause from None
-        raise error.as_instanceof_cause() from None
+        cause: Any = error
+        while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, Exception):
+            cause = cause.cause  # itself, not Ray's look-alike: errno and the like must survive
+        raise cause from (None if isinstance(cause, FathomError) else error)
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise StageFailed(f"a Ray worker died: {str(error).splitlines()[0]}; run again to resume") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ class Settings(BaseSettings):
     @classmethod
     def load(cls, **overrides: Any) -> Settings:
         """Read the environment and the file; raise ConfigError naming a setting that cannot be used."""
+        names = {f"FATHOM_{name}".upper() for name in cls.model_fields}
+        for variable in os.environ:
+            # Other variables of ours may exist (Kubernetes makes some from service names): only near misses are errors.
+            close = difflib.get_close_matches(variable.upper(), names, n=1, cutoff=0.9)
+            if variable.upper().startswith("FATHOM_") and close and variable.upper() not in names:
+                raise ConfigError(f"settings: no variable {variable}; did you mean {close[0]}?")
         try:
             return cls(**overrides)
         except ValidationError as error:

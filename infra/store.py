@@ -27,7 +27,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
-from infra.artifact import ID_PATTERN, MANIFEST, Artifact, FileEntry, Manifest, recipe_id
+from infra.artifact import ID_PATTERN, MANIFEST, Artifact, FileEntry, Manifest, digest, recipe_id
 from infra.config import nearest
 from infra.errors import ArtifactNotFound, ConfigError, StoreError, TamperedArtifact
 from infra.lineage import ancestors
@@ -50,7 +50,7 @@ class ArtifactStore:
     def __init__(self, url: str | Path, workspace: Path | None = None) -> None:
         """Open the store at `url` (created on first commit); drafts and scratch live in `workspace`."""
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(str(url))
+            self.fs, self.root = fsspec.core.url_to_fs(str(url), use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise StoreError(f"store {url}: {error}; install the fsspec driver of that scheme") from None
         self.local = isinstance(self.fs, LocalFileSystem)
@@ -116,17 +116,20 @@ class ArtifactStore:
         draft = self.work / "drafts" / f"{name}-{uuid.uuid4().hex[:8]}"
         scratch = self.work / "scratch" / name
         lock = self.work / "locks" / name
-        try:
-            for folder in (draft, scratch, lock.parent):
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _store_error(error, f"preparing {artifact_id}") from None
-        with lock.open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            try:
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
+                for folder in (draft, scratch):  # after the lock: gc and the last holder remove what nobody holds
+                    folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _store_error(error, f"preparing {artifact_id}") from None
             try:
                 yield draft, scratch
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    scratch.rmdir()  # only if empty: resume state stays
 
     def commit(self, draft: Path, manifest: Manifest, replace: bool = False) -> Artifact:
         """Publish a draft's files as `manifest.id`, with their sizes and digests added to the manifest.
@@ -148,28 +151,42 @@ class ArtifactStore:
         return self.get(manifest.id)
 
     def _publish_folder(self, draft: Path, manifest: Manifest, replace: bool) -> None:
-        (draft / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+        (draft / MANIFEST).write_text(manifest.sealed_json())
         target = Path(self._path(manifest.id))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        old = draft.with_name(draft.name + ".replaced")
-        if replace and target.exists():
-            target.rename(old)
+        # Beside the target, which may be on another file system than the workspace; hidden from `ids` by its depth.
+        new = Path(self.root, "incoming", f"{draft.name}.new")
+        old = new.with_suffix(".old")
         try:
-            draft.rename(target)
+            for folder in (target.parent, new.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            _move(draft, new)
+            if replace and target.exists():
+                target.rename(old)
+            new.rename(target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            for folder in (new, old):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _publish_objects(self, draft: Path, manifest: Manifest, replace: bool) -> None:
         manifest = manifest.model_copy(update={"payload": uuid.uuid4().hex[:8]})
-        for file in manifest.files:
-            self.fs.put_file(str(draft / file.path), self._path(manifest.id, manifest.payload, file.path))
-        mode = "overwrite" if replace else "create"
+        payload = self._path(manifest.id, manifest.payload)
         try:
-            self.fs.pipe_file(self._path(manifest.id, MANIFEST), manifest.model_dump_json(indent=1).encode(), mode=mode)
-        except FileExistsError:
-            self.fs.rm(self._path(manifest.id, manifest.payload), recursive=True)
+            self.fs.makedirs(payload, exist_ok=True)
+            for file in manifest.files:
+                self.fs.makedirs(f"{payload}/{file.path}".rpartition("/")[0], exist_ok=True)
+                self.fs.put_file(str(draft / file.path), f"{payload}/{file.path}")
+            mode = "overwrite" if replace else "create"
+            self.fs.pipe_file(self._path(manifest.id, MANIFEST), manifest.sealed_json().encode(), mode=mode)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.fs.rm(payload, recursive=True)
+            if not isinstance(error, FileExistsError):
+                raise
 
     # ---- tags
 
@@ -213,6 +230,9 @@ class ArtifactStore:
         except TamperedArtifact as error:
             return [Fault(artifact_id, MANIFEST, str(error))]
         faults = []
+        record = json.loads(self.fs.cat_file(self._path(artifact_id, MANIFEST)))
+        if record.pop("seal", "") != digest(record):
+            faults.append(Fault(artifact_id, MANIFEST, "edited after the commit"))
         if recipe_id(manifest.stage, manifest.stage_version, manifest.config, manifest.inputs) != artifact_id:
             faults.append(Fault(artifact_id, MANIFEST, "stage, config or inputs do not give this id"))
         base = self._path(artifact_id, *([manifest.payload] if manifest.payload else []))
@@ -258,7 +278,8 @@ class ArtifactStore:
 
     def _sweep(self) -> None:
         """Remove drafts and scratch whose recipe no process is working on."""
-        for folder in [*self.work.glob("drafts/*"), *self.work.glob("scratch/*")]:
+        incoming = Path(self.root).glob("incoming/*") if self.local else ()
+        for folder in [*self.work.glob("drafts/*"), *self.work.glob("scratch/*"), *incoming]:
             name = folder.name if folder.parent.name == "scratch" else folder.name.rpartition("-")[0]
             lock = self.work / "locks" / name
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -282,13 +303,18 @@ class ArtifactStore:
         target = self._cache / manifest.id / manifest.payload
         if not target.exists():
             part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
-            for file in manifest.files:
-                (part / file.path).parent.mkdir(parents=True, exist_ok=True)
-                self.fs.get_file(self._path(manifest.id, manifest.payload, file.path), str(part / file.path))
-            part.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(OSError):
-                part.rename(target)
-            shutil.rmtree(part, ignore_errors=True)
+            try:
+                part.mkdir(parents=True, exist_ok=True)
+                for file in manifest.files:
+                    (part / file.path).parent.mkdir(parents=True, exist_ok=True)
+                    self.fs.get_file(self._path(manifest.id, manifest.payload, file.path), str(part / file.path))
+                with contextlib.suppress(FileExistsError):
+                    part.rename(target)
+            except OSError as error:
+                if not target.exists():
+                    raise _store_error(error, f"fetching {manifest.id}") from None
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
         return target
 
 
@@ -302,6 +328,19 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
         elif a != b or (key in left) != (key in right):
             found.append((prefix + key, a, b))
     return found
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a folder, or copy it where that crosses file systems."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        for path in sorted(p for p in source.rglob("*") if p.is_file()):  # copytree would hide the errno
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _entry(path: Path, base: Path) -> FileEntry:
