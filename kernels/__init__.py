@@ -6,13 +6,14 @@ what is computed; today the same few implementations serve every device.
 
 from kernels.autograd import apply_rope, rms_norm, swiglu
 from kernels.grouped import Permutation, grouped_gemm, permutation, permute, permute_gates, unpermute
-from kernels.log_probs import linear_log_probs
+from kernels.log_probs import linear_cross_entropy, linear_log_probs
 from kernels.reference import route
 
 __all__ = [
     "Permutation",
     "apply_rope",
     "grouped_gemm",
+    "linear_cross_entropy",
     "linear_log_probs",
     "permutation",
     "permute",

@@ -102,6 +102,20 @@ def test_log_probs_equal_a_whole_softmax_over_several_chunks(dtype, temperature,
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_equals_the_sum_of_a_whole_softmax(dtype, monkeypatch):
+    monkeypatch.setattr("kernels.log_probs.CHUNK_BYTES", 4 * 500 * 32)
+    x, weight = torch.randn(100, 24).to(dtype), torch.randn(500, 24) * 0.3
+    targets = torch.randint(500, (100,))
+    check(
+        lambda x, w: kernels.linear_cross_entropy(x, w, targets) / 100,
+        lambda x, w: -reference.linear_log_probs(x, w, targets).mean(),
+        x,
+        weight,
+        dtype=dtype,
+    )
+
+
 @pytest.mark.parametrize("group_top", [1, 2])
 def test_routing_equals_the_papers_rule_token_by_token(group_top):
     torch.manual_seed(0)
