@@ -48,9 +48,7 @@ class ExtendContextConfig(Optimization):
         original = base.original_max_position if base.rope_factor > 1 else base.max_position
         lengths = [base.max_position, *(phase.sequence_length for phase in self.phases)]
         if any(after <= before for before, after in pairwise(lengths)):
-            raise ConfigError(
-                f"phases: lengths must grow from the checkpoint's {base.max_position} on, got {lengths[1:]}"
-            )
+            raise ConfigError(f"phases: lengths must grow beyond {base.max_position}, got {lengths[1:]}")
         return [
             base.replace(
                 max_position=phase.sequence_length,
