@@ -19,7 +19,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 HAN_SHARE = 0.15  # of a Chinese text's letters; API prose carries many Latin identifiers
 KANA_SHARE = 0.05
 LATIN_SHARE = 0.8
-PROBE = 4000  # characters looked at
+PROBE = 2000  # characters looked at
 
 
 class Identifier(Protocol):

@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-_HAN = re.compile("([\u3400-\u9fff\uf900-\ufaff])")
+_HAN = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
+_AROUND_HAN = re.compile("(?<=[\u3400-\u9fff\uf900-\ufaff])|(?=[\u3400-\u9fff\uf900-\ufaff])")
 _SPACE = re.compile(r"\s+")
 REAL, SPOILED = "__label__real", "__label__spoiled"
 PROBE = 1500  # characters that the classifier reads
@@ -36,7 +37,7 @@ MENU = {
 def one_line(text: str) -> str:
     """Text as the classifier reads it: one line, lower case, Chinese characters apart, no label syntax."""
     text = text[:PROBE].lower().replace("__label__", " ")
-    return _SPACE.sub(" ", _HAN.sub(r" \1 ", text)).strip()
+    return " ".join(_AROUND_HAN.sub(" ", text).split())
 
 
 def _pieces(text: str) -> tuple[list[str], str]:

@@ -24,6 +24,7 @@ from stages.corpus.shingles import SEPARATOR, Words, ngrams, words
 _BULLET = re.compile(r"\s*(?:[-*•‣●○·–]|\d+[.)、])\s*\S")
 _URL = re.compile(r"https?://\S+|www\.\S+")
 _SPACE = re.compile(r"\s+")
+_LETTERED = re.compile(r"(?<!\S)(?:(?=\S)[\W\d_])*+[^\W\d_]")  # a word up to its first letter; linear time
 _ENGLISH_WORD = re.compile(r"[A-Za-z']+")
 _ENDS = tuple(".!?:;。！？：；…”’\"')）】》`")
 _PLACEHOLDER = re.compile(r"lorem ipsum|enable javascript|请启用javascript|请开启javascript", re.IGNORECASE)
@@ -121,8 +122,7 @@ class Counts:
 
     @property
     def alphabetic_words(self) -> float:
-        spaced = self.text.split()
-        return sum(1 for word in spaced if any(c.isalpha() for c in word)) / max(len(spaced), 1)
+        return len(_LETTERED.findall(self.text)) / max(len(self.text.split()), 1)
 
     @property
     def stop_words(self) -> int:
