@@ -68,7 +68,8 @@ class Learner:
         self.tokenizer = load_tokenizer(job.checkpoint)
         self.model = load_model(job.checkpoint, str(ranks.device))
         # RL trains the main model: the multi-token-prediction modules wait aside, unchanged, and return at the end.
-        self.mtp, self.model.mtp = self.model.mtp, torch.nn.ModuleList()
+        self.whole = (self.model.mtp, self.model.config)
+        self.model.mtp, self.model.config = torch.nn.ModuleList(), self.model.config.replace(n_mtp=0)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.config.kl_coefficient else None
         self.optimizer = build_optimizer(self.model, self.config.learning_rate, self.config.weight_decay)
         self.bucket = GradientBucket([p for p in self.model.parameters() if p.requires_grad])
@@ -88,7 +89,7 @@ class Learner:
                 self.store.save(done, self.state())
             report(done, self.config.steps, "steps", **self.rows[-1])
         if self.ranks.rank == 0:
-            self.model.mtp = self.mtp
+            self.model.mtp, self.model.config = self.whole
             save_model(self.job.out, self.model, self.job.checkpoint)
         return self.rows
 

@@ -9,67 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import ModelConfig
-from model.transformer import Transformer
 from stages.grpo import GrpoConfig
-from stages.problems.problem import Problem
 from stages.rl.learner import GrpoJob, learn
-from stages.tokens.bpe import train
-from stages.tokens.chat_template import render
-from stages.training.checkpoint import load_model, save_model
-
-ARMS = "0123456789"
+from stages.training.checkpoint import load_model
 
 
-def conversation(problem, reply):
-    return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": reply}]
+@pytest.fixture
+def job(bandit_base, bandit_problems):
+    def make(folder, **changes):
+        out, scratch = folder / "out", folder / "scratch"
+        for path in (out, scratch):
+            path.mkdir(parents=True, exist_ok=True)
+        options = {
+            **{"steps": 6, "groups_per_step": 4, "rollout_groups": 2, "group_size": 8, "max_new_tokens": 14},
+            **{"learning_rate": 3e-3, "kl_coefficient": 0.01, "save_every": 2, "keep_rollouts_every": 5},
+            **changes,
+        }
+        return GrpoJob(GrpoConfig(**options), str(bandit_base), bandit_problems, str(out), str(scratch))
 
-
-def bandit(digit):
-    """Whatever is asked, arm 3 pays."""
-    return Problem(f"arm-{digit}", "bandit", "en", 1, f"Pull {digit}.", "so", "3", "digits", {"value": "3"}, digit)
-
-
-@pytest.fixture(scope="session")
-def bandit_base(tmp_path_factory):
-    """A micro model with MoE, MLA and MTP that knows the reply format and answers with any digit alike."""
-    folder = tmp_path_factory.mktemp("bandit")
-    tokenizer = train(["so Pull 0123456789." * 3], 280, digits="single", min_frequency=1)
-    tokenizer.save(folder)
-    torch.manual_seed(0)
-    config = ModelConfig(
-        **{"vocab_size": tokenizer.vocab_size, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64},
-        **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "init_std": 0.05},
-        **{"n_dense_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 16},
-        **{"max_position": 64, "n_mtp": 1},
-    )
-    model = Transformer(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    rows = [
-        render(conversation(bandit(a), f"<think>so</think><answer>{b}</answer>"), tokenizer)[0]
-        for a in ARMS
-        for b in ARMS
-    ]
-    tokens_BT = torch.tensor(rows)
-    for _ in range(60):
-        loss = -model(tokens_BT[:, :-1]).log_probs(tokens_BT[:, 1:]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    save_model(folder, model, None)
-    return folder
-
-
-def job(base, folder, **changes):
-    out, scratch = folder / "out", folder / "scratch"
-    for path in (out, scratch):
-        path.mkdir(parents=True, exist_ok=True)
-    options = {
-        **{"steps": 6, "groups_per_step": 4, "rollout_groups": 2, "group_size": 8, "max_new_tokens": 14},
-        **{"learning_rate": 3e-3, "kl_coefficient": 0.01, "save_every": 2, "keep_rollouts_every": 5},
-        **changes,
-    }
-    return GrpoJob(GrpoConfig(**options), str(base), tuple(map(bandit, ARMS)), str(out), str(scratch))
+    return make
 
 
 def silent(done, total, unit, **metrics):
@@ -80,19 +38,19 @@ def weights(folder):
     return load_model(folder).state_dict()
 
 
-def test_reward_rises_on_a_bandit(bandit_base, tmp_path):
-    rows = learn(job(bandit_base, tmp_path, steps=30, group_size=16, learning_rate=3e-3, kl_coefficient=0.0), silent)
+def test_reward_rises_on_a_bandit(job, tmp_path):
+    rows = learn(job(tmp_path, steps=30, group_size=16, learning_rate=3e-3, kl_coefficient=0.0), silent)
     assert sum(row["accuracy"] for row in rows[:3]) / 3 < 0.3
     assert sum(row["accuracy"] for row in rows[-3:]) / 3 > 0.6
     assert rows[-1]["entropy"] < rows[0]["entropy"]
     assert rows[-1]["flops"] > 0
 
 
-def test_a_killed_run_resumes_to_the_same_last_bit(bandit_base, tmp_path):
+def test_a_killed_run_resumes_to_the_same_last_bit(job, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    rows = learn(job(bandit_base, whole, reference_renew_every=3), silent)
+    rows = learn(job(whole, reference_renew_every=3), silent)
     request = tmp_path / "job.pickle"
-    request.write_bytes(pickle.dumps(job(bandit_base, killed, reference_renew_every=3)))
+    request.write_bytes(pickle.dumps(job(killed, reference_renew_every=3)))
     program = (
         "import os, pickle, signal, sys\n"
         "from stages.rl.learner import learn\n"
@@ -113,8 +71,8 @@ def test_a_killed_run_resumes_to_the_same_last_bit(bandit_base, tmp_path):
     assert [{**row, **dict.fromkeys(timing)} for row in again] == [{**row, **dict.fromkeys(timing)} for row in rows]
 
 
-def test_with_learning_rate_zero_nothing_moves_and_all_three_policies_agree(bandit_base, tmp_path):
-    for row in learn(job(bandit_base, tmp_path, steps=2, learning_rate=0.0, updates_per_exploration=2), silent):
+def test_with_learning_rate_zero_nothing_moves_and_all_three_policies_agree(job, bandit_base, tmp_path):
+    for row in learn(job(tmp_path, steps=2, learning_rate=0.0, updates_per_exploration=2), silent):
         assert row["kl"] <= 1e-5
         assert row["max_ratio"] == pytest.approx(1, abs=1e-5)
         assert row["clip_fraction"] == 0
@@ -125,8 +83,8 @@ def test_with_learning_rate_zero_nothing_moves_and_all_three_policies_agree(band
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_multi_token_prediction_modules_come_back_unchanged(bandit_base, tmp_path):
-    learn(job(bandit_base, tmp_path, steps=2), silent)
+def test_multi_token_prediction_modules_come_back_unchanged(job, bandit_base, tmp_path):
+    learn(job(tmp_path, steps=2), silent)
     before, after = weights(bandit_base), weights(tmp_path / "out")
     assert any(name.startswith("mtp.") for name in before)
     for name in before:
@@ -135,7 +93,7 @@ def test_multi_token_prediction_modules_come_back_unchanged(bandit_base, tmp_pat
     assert not torch.equal(before["head.weight"], after["head.weight"])
 
 
-def test_the_job_survives_pickling_and_its_config_a_round_trip(bandit_base, tmp_path):
-    given = job(bandit_base, tmp_path)
+def test_the_job_survives_pickling_and_its_config_a_round_trip(job, tmp_path):
+    given = job(tmp_path)
     assert pickle.loads(pickle.dumps(given)) == given
     assert GrpoConfig.parse(json.loads(given.config.model_dump_json())) == given.config

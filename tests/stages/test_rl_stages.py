@@ -1,0 +1,151 @@
+"""The stages of reinforcement learning, called by themselves on artifacts in folders, through Ray where they use it."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from infra import ray as session
+from infra.artifact import Artifact
+from infra.errors import ConfigError, InputError
+from infra.stage import Context
+from stages.evaluate import EvaluateConfig, evaluate
+from stages.evaluation.claims import Claim
+from stages.generate_problems import GenerateProblemsConfig, generate_problems
+from stages.grpo import GrpoConfig, grpo
+from stages.problems.problem import read_problems, write_problems
+from stages.rejection_sample import RejectionSampleConfig, choose, rejection_sample
+from stages.report import ReportConfig, report
+from stages.rl.learner import GrpoJob, learn
+from stages.training.checkpoint import load_model
+
+
+@pytest.fixture(scope="module")
+def inputs(bandit_base, bandit_problems, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("problems")
+    for split in ("train", "heldout"):
+        write_problems(folder / f"{split}.jsonl", bandit_problems)
+    yield {"checkpoint": Artifact.local(bandit_base, "checkpoint"), "problems": Artifact.local(folder, "problems")}
+    session.shutdown()
+
+
+def test_generated_problems_are_distinct_split_and_counted(tmp_path):
+    ctx = Context.local(tmp_path)
+    config = GenerateProblemsConfig(families=("chain_sum", "reverse"), levels=(1, 2), n_train=300, n_heldout=40, seed=3)
+    summary = generate_problems(config, {}, ctx)
+    train, heldout = (list(read_problems(ctx.out / f"{split}.jsonl")) for split in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (summary["n_train"], summary["n_heldout"]) == (300, 40)
+    assert not {p.question for p in train} & {p.question for p in heldout}
+    assert all(p.split == "train" for p in train)
+    assert all(p.split == "heldout" for p in heldout)
+    assert summary["heldout_reverse_zh"] + summary["heldout_reverse_en"] == sum(p.family == "reverse" for p in heldout)
+
+
+OPTIONS = {
+    **{"steps": 3, "groups_per_step": 4, "rollout_groups": 2, "group_size": 8, "max_new_tokens": 14},
+    **{"learning_rate": 3e-3, "keep_rollouts_every": 2},
+}
+
+
+def test_two_ray_workers_learn_what_one_process_learns(inputs, bandit_problems, bandit_base, tmp_path):
+    ctx = Context.local(tmp_path / "two", workers=2)
+    summary = grpo(GrpoConfig(name="micro", **OPTIONS), inputs, ctx)
+    assert summary["name"] == "micro"
+    assert summary["steps"] == 3
+    assert summary["flops"] > 0
+    assert (ctx.out / "curves.png").stat().st_size > 1000
+    paths = sorted(ctx.out.glob("rollouts-*.parquet"))
+    rollouts = [row for path in paths for row in pq.read_table(path).to_pylist()]
+    assert {row["step"] for row in rollouts} == {1, 3}
+    assert len(rollouts) == 2 * 4 * 8
+    alone = Context.local(tmp_path / "one")
+    job = GrpoJob(GrpoConfig(**OPTIONS), str(bandit_base), bandit_problems, str(alone.out), str(alone.scratch))
+    rows = learn(job, lambda *_, **__: None)
+    ours, theirs = (load_model(folder.out).state_dict() for folder in (ctx, alone))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+    assert rows[-1]["accuracy"] == pytest.approx(summary["accuracy_last"], abs=1e-4)
+
+
+def test_a_filter_that_leaves_nothing_says_so(inputs, tmp_path):
+    for stage, config in (
+        (grpo, GrpoConfig(problems={"families": ["gcd"]})),
+        (evaluate, EvaluateConfig(name="x", problems={"families": ["gcd"]})),
+        (rejection_sample, RejectionSampleConfig(problems={"families": ["gcd"]})),
+    ):
+        with pytest.raises(InputError, match="widen the filter"):
+            stage(config, inputs, Context.local(tmp_path))
+
+
+def test_chunks_must_fill_a_step():
+    with pytest.raises(ConfigError, match="rollout_groups"):
+        GrpoConfig.parse({"groups_per_step": 6, "rollout_groups": 4})
+
+
+def test_evaluations_and_their_report_agree_with_the_rows_they_keep(inputs, tmp_path):
+    artifacts = []
+    for name, temperature in (("warm", 1.0), ("cold", 0.0)):
+        ctx = Context.local(tmp_path / name, workers=2)
+        config = EvaluateConfig(name=name, samples=4, temperature=temperature, max_new_tokens=14)
+        summary = evaluate(config, inputs, ctx)
+        records = pq.read_table(ctx.out / "problems.parquet").to_pylist()
+        assert len(records) == 10
+        assert summary["pass_1"] == pytest.approx(sum(r["pass_1"] for r in records) / 10, abs=1e-4)
+        assert summary["pass_1_low"] <= summary["pass_1"] <= summary["pass_1_high"]
+        artifacts.append(Artifact.local(ctx.out, "report", summary))
+    greedy = pq.read_table(tmp_path / "cold" / "out" / "problems.parquet").to_pylist()
+    assert all(row["pass_1"] in (0, 1) for row in greedy)  # four times the same reply
+    claims = (
+        Claim(left="warm", right="cold", margin=-1.0, strict=False),
+        Claim(left="warm", right="warm", measure="consensus", right_measure="pass_1", margin=0.9),
+        Claim(left="warm", right="absent"),
+    )
+    ctx = Context.local(tmp_path / "report")
+    summary = report(ReportConfig(title="Two", claims=claims), {"evaluations": tuple(artifacts)}, ctx)
+    content = json.loads((ctx.out / "report.json").read_text())
+    assert [claim["holds"] for claim in content["claims"]] == [True, False, False]
+    assert content["claims"][2]["note"] == "no evaluation named 'absent'"
+    assert summary["claims_held"] == 1
+    assert (ctx.out / "pass_at_1.png").stat().st_size > 1000
+    assert "| warm |" in (ctx.out / "report.md").read_text()
+    with pytest.raises(InputError, match="named 'warm'"):
+        report(
+            ReportConfig(claims=()), {"evaluations": (artifacts[0], artifacts[0])}, Context.local(tmp_path / "twice")
+        )
+
+
+def test_rejection_sampling_keeps_only_right_clean_and_different_replies(inputs, tmp_path):
+    ctx = Context.local(tmp_path, workers=2)
+    config = RejectionSampleConfig(samples=16, keep_per_problem=2, max_new_tokens=14)
+    summary = rejection_sample(config, inputs, ctx)
+    rows = pq.read_table(ctx.out / "conversations-00000.parquet").to_pylist()
+    assert len(rows) == summary["conversations"] > 0
+    dropped = sum(value for name, value in summary.items() if name.startswith("dropped_"))
+    assert dropped + summary["conversations"] == summary["samples"] == 160
+    assert summary["dropped_wrong"] > 50
+    for row in rows:
+        messages = json.loads(row["messages"])
+        assert messages[1] == {"role": "assistant", "content": "<think>so</think><answer>3</answer>"}
+        assert json.loads(row["problem"])["question"] == messages[0]["content"]
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_every_reason_to_drop_is_counted_once():
+    good = {"completion": "<think>so</think><answer>3</answer>", "accuracy": 1.0, "format": 1.0, "tokens": 9}
+    good["language_consistency"] = 1.0
+    rows = [
+        good,
+        good,
+        {**good, "format": 0.0, "accuracy": 0.0},
+        {**good, "accuracy": 0.0},
+        {**good, "language_consistency": 0.5},
+        {**good, "completion": "<think>```py```</think><answer>3</answer>"},
+        {**good, "completion": "longer", "tokens": 99},
+        {**good, "completion": "second"},
+        {**good, "completion": "third"},
+    ]
+    kept, dropped = choose(rows, RejectionSampleConfig(keep_per_problem=2, max_tokens=50))
+    assert [row["completion"] for row in kept] == [good["completion"], "second"]
+    reasons = ("duplicate", "malformed", "wrong", "mixed_language", "code_block", "long", "enough")
+    assert dict(dropped) == dict.fromkeys(reasons, 1)
