@@ -1,8 +1,8 @@
 """Mix: choose how much of each language and domain a model reads, and shuffle it into one corpus.
 
 A group (a language, a domain or both) has a weight: its share of the bytes. `budget_bytes` is spread by weight; a
-group that is short of text is read up to `max_epochs` times, and what it still lacks goes to the others by weight. Whole
-copies first, then a seeded sample. `mixture.json` records what was wanted, what there was and what was taken.
+group that is short of text is read up to `max_epochs` times, and what it still lacks goes to the others by weight.
+Whole copies first, then a seeded sample. `mixture.json` records what was wanted, what there was and what was taken.
 """
 
 from __future__ import annotations
