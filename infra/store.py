@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 from urllib.parse import quote, unquote
 
 import fsspec
@@ -103,6 +103,13 @@ class ArtifactStore:
         if self.local:
             return Artifact(manifest, Path(self._path(manifest.id)))
         return Artifact(manifest, self._download(manifest))
+
+    def open(self, manifest: Manifest, path: str) -> BinaryIO:
+        """One file of an artifact for reading, where it is and without a copy; ArtifactNotFound if it has none such."""
+        if path not in {file.path for file in manifest.files}:
+            raise ArtifactNotFound(f"{manifest.id} has no file {path!r}")
+        parts = [manifest.payload, path] if manifest.payload else [path]
+        return cast(BinaryIO, self.fs.open(self._path(manifest.id, *parts), "rb"))
 
     # ---- writing
 

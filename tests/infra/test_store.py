@@ -66,6 +66,17 @@ def test_a_commit_holds_every_file_and_verifies(any_store: ArtifactStore, tmp_pa
     assert any_store.ids() == [made.id]
 
 
+def test_one_file_is_read_where_it_is_and_only_if_the_manifest_names_it(
+    any_store: ArtifactStore, tmp_path: Path
+) -> None:
+    made = commit(any_store, tmp_path / "draft", files={"deep/a.txt": "one"}).manifest
+    with any_store.open(made, "deep/a.txt") as handle:
+        assert handle.read() == b"one"
+    for path in ("b.txt", "../x", MANIFEST):
+        with pytest.raises(ArtifactNotFound, match="has no file"):
+            any_store.open(made, path)
+
+
 def test_a_second_commit_of_an_id_adopts_the_first(any_store: ArtifactStore, tmp_path: Path) -> None:
     first = commit(any_store, tmp_path / "one", files={"a.txt": "first"})
     second = commit(any_store, tmp_path / "two", files={"a.txt": "second"})
