@@ -72,10 +72,8 @@ def _block(config: ModelConfig, layer: int, ours: str) -> list[Entry]:
 def _attention(config: ModelConfig, ours: str, published: str) -> list[Entry]:
     assert config.kv_lora_rank and config.qk_nope_head_dim and config.v_head_dim
     published = f"{published}.self_attn"
-    query_rows, query_order = (
-        config.n_heads * config.head_dim,
-        deinterleave(config.n_heads, config.qk_nope_head_dim, config.rope_dim),
-    )
+    query_rows = config.n_heads * config.head_dim
+    query_order = deinterleave(config.n_heads, config.qk_nope_head_dim, config.rope_dim)
     latent = Part(
         f"{published}.kv_a_proj_with_mqa.weight",
         config.kv_lora_rank + config.rope_dim,
