@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.context import FlowRunContext
 from prefect.states import Completed
+from pydantic import ValidationError
 
 import infra.ray
 import stages
@@ -49,7 +50,7 @@ def stage_flow(stage: Stage) -> Flow[Any, Any]:
         return _run(stage, config, inputs, force, labels or {})
 
     empty = inspect.Parameter.empty
-    defaulted = not any(field.is_required() for field in stage.config_type.model_fields.values())
+    default = _default(stage)
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
     run_stage.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -57,9 +58,9 @@ def stage_flow(stage: Stage) -> Flow[Any, Any]:
                 "config",
                 keyword,
                 annotation=stage.config_type,
-                default=stage.config_type() if defaulted else empty,
+                default=default,
             ),
-            inspect.Parameter("inputs", keyword, annotation=dict[str, str], default=empty if not defaulted else {}),
+            inspect.Parameter("inputs", keyword, annotation=dict[str, str], default=empty if default is empty else {}),
             inspect.Parameter("force", keyword, annotation=bool, default=False),
             inspect.Parameter("labels", keyword, annotation=dict[str, str], default={}),
         ],
@@ -77,6 +78,14 @@ def stage_flow(stage: Stage) -> Flow[Any, Any]:
         on_cancellation=[end_ray_work],
         on_crashed=[end_ray_work],
     )
+
+
+def _default(stage: Stage) -> Any:
+    """The stage's config without any value given, with which the form opens; empty if it cannot do without."""
+    try:
+        return stage.config_type()
+    except ValidationError:
+        return inspect.Parameter.empty
 
 
 def end_ray_work(flow: Flow[Any, Any], flow_run: FlowRun, state: State) -> None:

@@ -45,7 +45,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "filter": {"quality_documents": 8000},
     "mix": {
         "shares": [
-            {"language": "*", "domain": "math", "weight": 0.4},
+            {"language": "en", "domain": "math", "weight": 0.2},
+            {"language": "zh", "domain": "math", "weight": 0.2},
             {"language": "zh", "weight": 0.25},
             {"language": "en", "weight": 0.25},
             {"language": "code", "weight": 0.1},

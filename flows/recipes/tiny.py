@@ -27,7 +27,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "filter": {"quality_documents": 1500},
     "mix": {
         "shares": [
-            {"language": "*", "domain": "math", "weight": 0.5},
+            {"language": "en", "domain": "math", "weight": 0.25},
+            {"language": "zh", "domain": "math", "weight": 0.25},
             {"language": "zh", "weight": 0.2},
             {"language": "en", "weight": 0.2},
             {"language": "code", "weight": 0.1},

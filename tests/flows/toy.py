@@ -99,6 +99,10 @@ RECIPE = Recipe(
 )
 
 
+def recipe(name: str) -> Recipe:
+    return RECIPE
+
+
 def _plot(path: Path, values: list[int]) -> None:
     import matplotlib
 

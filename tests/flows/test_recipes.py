@@ -1,0 +1,112 @@
+"""Recipes fit every pipeline, and what `--set` gets wrong is named before anything runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from toy import RECIPE, TOY, load
+
+from flows.pipelines import LINE, PIPELINES
+from flows.recipes import RECIPES, load_recipe, parse_setting
+from infra.config import Config
+from infra.errors import ConfigError
+
+
+def resolved(*settings: str) -> dict[str, Config]:
+    return RECIPE.resolve(TOY, settings, load)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_pipeline_gives_every_stage_the_kinds_that_it_takes(name: str) -> None:
+    PIPELINES[name].check()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_fits_the_line(name: str) -> None:
+    recipe = load_recipe(name)
+    assert set(recipe.configs) == set(LINE.by_name)
+    assert set(recipe.resolve(LINE)) == set(LINE.by_name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_report_claims_things_about_evaluations_that_the_recipe_names(name: str) -> None:
+    configs = load_recipe(name).resolve(LINE)
+    named = {configs[node].name for node in LINE.node("report").roles.values()}  # type: ignore[attr-defined]
+    claims = configs["report"].claims  # type: ignore[attr-defined]
+    assert claims
+    assert {side for claim in claims for side in (claim.left, claim.right)} <= named
+
+
+def test_a_published_model_pretrains_on_the_published_number_of_tokens() -> None:
+    config = load_recipe("v3").resolve(LINE)["pretrain"]
+    batches = config.batch_size - (config.batch_size - config.batch_ramp.start) / 2 * config.batch_ramp.until  # type: ignore[attr-defined]
+    assert config.steps * batches * config.sequence_length == pytest.approx(14.8e12, rel=1e-6)  # type: ignore[attr-defined]
+    assert config.model.n_parameters() == pytest.approx(671e9 + 14e9, rel=0.01)  # type: ignore[attr-defined]
+
+
+def test_a_setting_changes_one_field_of_one_node() -> None:
+    configs = resolved("small.shape.width=7", "large.seed=2")
+    assert configs["small"].shape.model_dump() == {"width": 7, "height": 2}  # type: ignore[attr-defined]
+    assert configs["large"].seed == 2  # type: ignore[attr-defined]
+    assert configs["small"].seed == 0  # type: ignore[attr-defined]
+
+
+def test_a_stage_name_reaches_all_its_nodes_where_no_node_has_that_name() -> None:
+    configs = resolved("square.power=5")
+    assert configs["squares"].power == configs["cubes"].power == 5  # type: ignore[attr-defined]
+
+
+def test_values_are_yaml() -> None:
+    assert parse_setting("a.b=[1, 2.5, x]") == (["a", "b"], [1, 2.5, "x"])
+    assert parse_setting("a.b=null") == (["a", "b"], None)
+    assert parse_setting("a.b=x=y") == (["a", "b"], "x=y")
+    assert resolved("small.seconds=1e-3")["small"].seconds == 0.001  # type: ignore[attr-defined]
+
+
+def test_derived_fields_are_derived_anew() -> None:
+    tiny = load_recipe("tiny")
+    config = tiny.resolve(LINE, ["student_base_llama.model.d_model=64"])["student_base_llama"]
+    assert config.model.head_dim == 16  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("smal.seed=1", "no node or stage 'smal'; did you mean 'small'"),
+        ("small.sed=1", "no field 'sed'; did you mean 'seed'"),
+        ("small.shape.widht=1", "no field 'widht'; did you mean 'width'"),
+        ("small.seed.deep=1", "is a plain value"),
+        ("small.seed=many", "small.seed: Input should be a valid integer"),
+        ("small.order=sideways", "small.order: Input should be 'up' or 'down'"),
+        ("small.shape.width=0", "small.shape.width: Input should be greater than or equal to 1"),
+        ("small=3", "node.field=value"),
+        ("small.seed", "node.field=value"),
+        ("small.seed=[1", "not YAML"),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_what_to_write(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(setting)
+    assert message in str(caught.value)
+
+
+def test_an_impossible_combination_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must divide n_routed_experts"):
+        load_recipe("tiny").resolve(LINE, ["pretrain.model.n_groups=3"])
+
+
+def test_an_unknown_recipe_or_pipeline_names_the_nearest() -> None:
+    from flows.pipelines import pipeline
+
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        load_recipe("tinny")
+    with pytest.raises(ConfigError, match="did you mean 'r1_zero'"):
+        pipeline("r1zero")
+
+
+def test_listing_and_planning_start_without_torch_or_prefect() -> None:
+    code = "import sys, flows.cli, flows.planning; print([m for m in ('torch', 'prefect', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
