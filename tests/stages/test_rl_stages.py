@@ -109,10 +109,9 @@ def test_evaluations_and_their_report_agree_with_the_rows_they_keep(inputs, tmp_
     assert summary["claims_held"] == 1
     assert (ctx.out / "pass_at_1.png").stat().st_size > 1000
     assert "| warm |" in (ctx.out / "report.md").read_text()
+    twice = {"evaluations": (artifacts[0], artifacts[0])}
     with pytest.raises(InputError, match="named 'warm'"):
-        report(
-            ReportConfig(claims=()), {"evaluations": (artifacts[0], artifacts[0])}, Context.local(tmp_path / "twice")
-        )
+        report(ReportConfig(claims=()), twice, Context.local(tmp_path / "twice"))
 
 
 def test_rejection_sampling_keeps_only_right_clean_and_different_replies(inputs, tmp_path):

@@ -65,6 +65,7 @@ class VllmEngine:
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(sampling.stop_ids),
+                ignore_eos=True,  # the stop ids alone decide
                 seed=(seed + number) % 2**63,
                 logprobs=0,
                 detokenize=False,
