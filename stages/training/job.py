@@ -51,6 +51,11 @@ class TrainJob:
     steps_before: int = 0  # reported steps of earlier phases of the same stage
     steps_in_all: int = 0  # of all phases; 0 means this job's
 
+    @property
+    def unit(self) -> int:
+        """Sequences that every step's batch is a multiple of: what must divide over the ranks."""
+        return self.batch_ramp.start if self.batch_ramp else self.batch_size
+
 
 @dataclass
 class Progress:
@@ -58,7 +63,6 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    micro_batches: int = 0
     seconds: float = 0.0  # spent training, over all processes that worked on the job
     skipped: int = 0
     skipped_in_row: int = 0

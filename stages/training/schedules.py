@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from infra.config import Config, Field
+from infra.errors import ConfigError
 
 # V3 (section 4.2) as shares of its 14.8T tokens. At the first, the rate starts to fall and λ of MTP goes from 0.3 to
 # 0.1; at the second, the rate reaches its floor and routing biases freeze (γ = 0).
@@ -103,7 +104,7 @@ def shape(segments: tuple[Segment, ...], progress: float) -> float:
 
 
 class BatchRamp(Config):
-    """A batch that grows linearly from `start` sequences to the full batch over the first `until` share of the steps.
+    """A batch that grows in multiples of `start` sequences to the full batch over the first `until` share of the steps.
 
     V3 goes from 3072 to 15360 over the first 469B of 14.8T tokens; V2 from 2304 to 9216 over 225B of 8.1T.
     """
@@ -112,10 +113,12 @@ class BatchRamp(Config):
     until: float = Field(title="Ramp share", description="Share of the steps over which it grows.", gt=0, le=1)
 
 
-def batch_sizes(steps: int, batch_size: int, multiple: int, ramp: BatchRamp | None) -> list[int]:
-    """Sequences of each step, rounded down to a multiple of `multiple` (one micro-batch over all ranks)."""
+def batch_sizes(steps: int, batch_size: int, ramp: BatchRamp | None) -> list[int]:
+    """Sequences of each step; under a ramp all are multiples of its start, as V2's and V3's full batches are."""
     if ramp is None:
         return [batch_size] * steps
+    if batch_size % ramp.start:
+        raise ConfigError(f"batch_size={batch_size} is no multiple of batch_ramp.start={ramp.start}: change one")
     length = ramp.until * steps
     sizes = (ramp.start + (batch_size - ramp.start) * min(1.0, step / length) for step in range(steps))
-    return [max(multiple, int(size) // multiple * multiple) for size in sizes]
+    return [int(size) // ramp.start * ramp.start for size in sizes]

@@ -59,10 +59,8 @@ class Trainer:
 
     def __init__(self, job: TrainJob, ranks: Ranks) -> None:
         self.job, self.ranks, options = job, ranks, job.optimization
-        if job.batch_size % ranks.world:
-            raise ConfigError(
-                f"batch_size={job.batch_size} does not divide over {ranks.world} ranks: choose a multiple"
-            )
+        if job.unit % ranks.world:
+            raise ConfigError(f"batches of {job.unit} sequences do not divide over {ranks.world} ranks")
         torch.manual_seed(options.seed)
         self.model = Transformer(job.model).to(ranks.device)
         if job.initial is not None:
@@ -71,10 +69,10 @@ class Trainer:
         self.optimizer = build_optimizer(
             self.model, options.learning_rate.peak, options.weight_decay, (options.beta1, options.beta2)
         )
-        rows = job.batch_size // ranks.world
+        rows = job.unit // ranks.world
         micro_rows = max(size for size in range(1, options.micro_batch_size + 1) if rows % size == 0)
         self.micro_batch = micro_rows * ranks.world
-        self.batch_sizes = schedules.batch_sizes(job.steps, job.batch_size, self.micro_batch, job.batch_ramp)
+        self.batch_sizes = schedules.batch_sizes(job.steps, job.batch_size, job.batch_ramp)
         self.total_tokens = sum(self.batch_sizes) * job.data.sequence_length
         self.batches = job.data.open(self.micro_batch, options.seed, ranks.rank, ranks.world)
         self.sets = validation_sets(job.validation) if job.validation else []
@@ -139,10 +137,11 @@ class Trainer:
         return row
 
     def _read(self, sequences: int) -> list[Batch]:
-        """This rank's rows of the step's micro-batches, which are numbered through the run."""
-        first = self.progress.micro_batches
-        self.progress.micro_batches += sequences // self.micro_batch
-        return [self.batches.batch(n).to(self.ranks.device) for n in range(first, self.progress.micro_batches)]
+        """This rank's rows of the step, by micro-batch. Sequences are numbered through the run, so that a resume with
+        another world or micro-batch reads on where the last one stopped."""
+        done = self.progress.tokens // self.job.data.sequence_length
+        numbers = range(done // self.micro_batch, (done + sequences) // self.micro_batch)
+        return [self.batches.batch(number).to(self.ranks.device) for number in numbers]
 
     def _target_counts(self, batches: list[Batch], sequences: int) -> list[float]:
         """Targets of the whole step, of all ranks, at each depth (0 is next-token): what loss sums are divided by."""

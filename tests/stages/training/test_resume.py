@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,23 @@ def test_when_every_state_is_damaged_the_error_names_the_folder(tmp_path):
 
 def test_an_empty_folder_has_no_state(tmp_path):
     assert ResumeStore(tmp_path / "new").load() is None
+
+
+def test_a_resume_with_another_micro_batch_reads_on_where_the_last_one_stopped(make_job, micro_v3):
+    whole = train(make_job(micro_v3, "whole"), lambda *args, **metrics: None)
+    job = make_job(micro_v3, "moved", save_every=4)
+
+    def stop(done: int, *args, **metrics) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(job, stop)
+    moved = replace(job, optimization=job.optimization.replace(micro_batch_size=2))
+    resumed = train(moved, lambda *args, **metrics: None)
+    losses = [[loss for _, loss in result.values("loss")] for result in (resumed, whole)]
+    assert losses[0][:4] == losses[1][:4]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
 
 
 def test_a_finished_job_is_not_trained_again(make_job, micro_llama):

@@ -73,16 +73,21 @@ def test_a_field_that_the_schedule_ignores_is_refused():
 
 
 def test_a_batch_ramp_grows_linearly_to_the_full_batch():
-    sizes = batch_sizes(100, 15360, 256, BatchRamp(start=3072, until=0.5))
+    sizes = batch_sizes(100, 15360, BatchRamp(start=3072, until=0.5))
     assert sizes[0] == 3072
     assert sizes[25] == 9216  # half-way up
     assert sizes[50:] == [15360] * 50
     assert sizes == sorted(sizes)
-    assert all(size % 256 == 0 for size in sizes)
+    assert set(sizes) == {3072 * n for n in range(1, 6)}
+
+
+def test_a_batch_that_the_ramp_cannot_reach_is_refused():
+    with pytest.raises(ConfigError, match=r"batch_size=100 is no multiple of batch_ramp\.start=30"):
+        batch_sizes(10, 100, BatchRamp(start=30, until=0.5))
 
 
 def test_without_a_ramp_every_step_has_the_full_batch():
-    assert batch_sizes(3, 12, 4, None) == [12, 12, 12]
+    assert batch_sizes(3, 12, None) == [12, 12, 12]
 
 
 def test_the_cosine_is_a_cosine():
