@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate of the chance that at least one of k samples is right, from `correct` of n ≥ k samples:
-    1 − C(n−c, k)/C(n, k), as a product so that nothing overflows. pass@1 is the mean correctness c/n."""
+    1 − C(n−c, k)/C(n, k). pass@1 is the mean correctness c/n."""
     assert 0 <= correct <= n, (n, correct)
     assert 1 <= k <= n, (n, k)
-    if n - correct < k:
-        return 1.0
-    return 1.0 - float(np.prod(1.0 - k / np.arange(n - correct + 1, n + 1)))
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def consensus(answers: Sequence[str | None], is_right: Callable[[str], bool]) -> float:

@@ -10,7 +10,7 @@ import pyarrow as pa
 from stages.evaluation.intervals import bootstrap_mean
 from stages.evaluation.pass_at_k import consensus, pass_at_k
 from stages.problems.problem import Problem
-from stages.problems.verify import verify
+from stages.problems.verify import ballot, verify
 from stages.rl.rewards import parse
 
 PROBLEM_SCHEMA = pa.schema(
@@ -26,7 +26,8 @@ def problem_record(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str
     n = len(rows)
     correct = sum(row["accuracy"] >= 1 for row in rows)
     replies = [parse(row["completion"]) for row in rows]
-    answers = [reply.answer.strip(" ") if reply else None for reply in replies]
+    ballots = {ballot(problem, reply.answer): reply.answer for reply in replies if reply}
+    votes = [ballot(problem, reply.answer) if reply else None for reply in replies]
     return {
         "problem_id": problem.id,
         "family": problem.family,
@@ -35,7 +36,7 @@ def problem_record(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str
         "samples": n,
         "pass_1": pass_at_k(n, correct, 1),
         "pass_k": pass_at_k(n, correct, n),
-        "consensus": consensus(answers, lambda answer: verify(problem, answer)),
+        "consensus": consensus(votes, lambda vote: verify(problem, ballots[vote])),
         "format": sum(row["format"] for row in rows) / n,
         "language_consistency": sum(row["language_consistency"] for row in rows) / n,
         "length": sum(row["tokens"] for row in rows) / n,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from infra.metrics import Report
 from stages.evaluation.ngram import fit
@@ -17,7 +16,7 @@ from stages.tokens.bpe import load_tokenizer
 from stages.tokens.shards import TokenShards
 from stages.training.checkpoint import load_model
 from stages.training.distributed import process_group
-from stages.training.validation import ValidationSet, bits_per_byte, validation_sets
+from stages.training.validation import Validation, ValidationSet, bits_per_byte, validation_sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +33,9 @@ def measure_text(job: TextJob, report: Report) -> list[dict[str, Any]]:
     """One row a language: bits per byte of the model and of a trigram fitted on that language's training text."""
     with process_group() as ranks:
         tokenizer = load_tokenizer(job.tokens)
-        sets = validation_sets(job.tokens, job.sequence_length, job.windows, tokenizer.pad)
+        sets = validation_sets(Validation(job.tokens, job.sequence_length, job.windows, every=1))
         model = load_model(job.checkpoint, str(ranks.device))
-        autocast = torch.autocast(ranks.device.type, enabled=False)
-        model_bits = bits_per_byte(model, sets, ranks, job.micro_batch, autocast)
+        model_bits = bits_per_byte(model, sets, ranks, job.micro_batch)
         spelling = token_bytes(Path(job.tokens))
         rows = []
         # Ranks share the languages; each fits on its own. The caller joins the rows.

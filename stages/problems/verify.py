@@ -54,6 +54,23 @@ VERIFIERS: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {
 
 def verify(problem: Problem, text: str) -> bool:
     """Whether `text`, the whole content of `<answer>`, answers `problem`. Surrounding spaces are forgiven."""
-    if len(text) > MAX_ANSWER:
-        return False
-    return VERIFIERS[problem.verifier](text.strip(" ").translate(SAME_SIGN), problem.arguments)
+    return len(text) <= MAX_ANSWER and VERIFIERS[problem.verifier](_plain(text), problem.arguments)
+
+
+def ballot(problem: Problem, text: str) -> str:
+    """What an answer votes for in a consensus, the same for answers that say the same. It never looks at the right one.
+
+    Two expressions say the same if they are worth the same and use the same numbers.
+    """
+    plain = _plain(text[:MAX_ANSWER])
+    if problem.verifier == "countdown":
+        try:
+            result = evaluate(plain)
+        except ExpressionError:
+            return plain
+        return f"{result.value} from {sorted(result.numbers)}"
+    return re.sub(r"[ ,，、]+", " ", plain.lower())
+
+
+def _plain(text: str) -> str:
+    return text.strip(" ").translate(SAME_SIGN)

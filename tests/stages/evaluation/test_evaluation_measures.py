@@ -10,6 +10,8 @@ import pytest
 from stages.evaluation.intervals import bootstrap_mean, paired_difference
 from stages.evaluation.ngram import fit
 from stages.evaluation.pass_at_k import consensus, pass_at_k
+from stages.evaluation.scores import problem_record, table
+from stages.problems.problem import Problem
 
 
 @pytest.mark.parametrize(("n", "correct", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 2), (7, 3, 5), (4, 3, 2)])
@@ -90,3 +92,20 @@ def test_ten_megabytes_take_seconds():
     bits = model.bits(documents[:20])
     assert time.perf_counter() - started < 8  # 3 MB; ten times the usual time on a busy machine
     assert bits / 200_000 == pytest.approx(math.log2(26), abs=0.1)
+
+
+def test_a_problems_record_is_what_its_rows_say():
+    problem = Problem("x", "countdown", "en", 1, "?", "", "", "countdown", {"numbers": [2, 3, 7], "target": 13}, "")
+
+    def row(answer, accuracy, tokens, form=1.0):
+        text = f"<think>so</think><answer>{answer}</answer>" if form else answer
+        return {"completion": text, "accuracy": accuracy, "format": form, "tokens": tokens, "language_consistency": 1.0}
+
+    right, wrong = [row("2*3+7", 1.0, 10), row("7+3*2", 1.0, 10)], [row("2+3+7", 0.0, 20), row("7-3-2", 0.0, 20)]
+    rows = [*right, *wrong, row("x", 0.0, 5, 0.0)]
+    record = problem_record(problem, rows)
+    assert (record["pass_1"], record["pass_k"], record["consensus"]) == (0.4, 1.0, 1.0)  # two ways to say 13 win
+    assert (record["format"], record["length"]) == (0.8, 13.0)
+    table_rows = table([record, {**record, "language": "zh", "family": "gcd", "pass_1": 0.0}])
+    assert [(r["family"], r["language"]) for r in table_rows][:3] == [("all", "all"), ("all", "en"), ("all", "zh")]
+    assert table_rows[0]["pass_1"] == 0.2

@@ -15,7 +15,7 @@ from stages.problems.expression import ExpressionError, evaluate
 from stages.problems.knights_and_knaves import CLAIMS, solutions
 from stages.problems.problem import Problem, read_problems, write_problems
 from stages.problems.registry import FAMILIES, LANGUAGES, generate, make
-from stages.problems.verify import VERIFIERS, verify
+from stages.problems.verify import VERIFIERS, ballot, verify
 
 EVERYTHING = tuple(FAMILIES)
 HOSTILE = (
@@ -81,6 +81,16 @@ def test_countdown_accepts_exactly_what_brute_force_finds():
     assert not verify(problem, "2*3+7+0")
     assert not verify(problem, "2*3+7=13")
     assert verify(problem, "２×３＋７")
+
+
+def test_a_ballot_is_the_same_for_answers_that_say_the_same():
+    problem = Problem("x", "countdown", "en", 1, "?", "", "", "countdown", {"numbers": [2, 3, 7], "target": 13}, "")
+    assert ballot(problem, "2*3+7") == ballot(problem, " 7+(3×2)") != ballot(problem, "7+3+2")
+    assert ballot(problem, "13") != ballot(problem, "2*3+7")
+    for text in HOSTILE:
+        assert isinstance(ballot(problem, text), str)
+    listed = Problem("x", "sort", "en", 1, "?", "", "", "integers", {"values": [1, 2]}, "")
+    assert ballot(listed, "1, 2") == ballot(listed, "1 2") != ballot(listed, "2 1")
 
 
 def test_every_pair_of_claims_is_judged_as_the_truth_table_says():
