@@ -1,1 +1,1 @@
-"""Pages that read the artifact store, never a stage."""
+"""The artifact explorer. It reads the store through `infra` and never imports a stage."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,17 +73,18 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    return list(_rows(path.read_text().splitlines()))
+    return parse_metrics(path.read_text()) if path.exists() else []
 
 
-def _rows(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
-    for line in lines:
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """Rows of a metrics file's text, up to the first line that is not whole."""
+    rows = []
+    for line in text.splitlines():
         try:
-            yield json.loads(line)
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
-            return
+            break
+    return rows
 
 
 def _clock(seconds: float) -> str:
