@@ -23,6 +23,7 @@ from infra.errors import ConfigError, FathomError
 from infra.settings import Settings
 
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class _Group(TyperGroup):
@@ -230,13 +231,17 @@ def _prepared(module: str, name: str) -> Any:
 
 def _watch(flow: Any, **parameters: Any) -> None:
     """Call a flow with a view of its progress, then say what was made and where to look."""
+    from prefect.exceptions import TerminationSignal
+
     from flows.progress import LISTENER
 
     settings = Settings.load()
     view = RunView()
     token = LISTENER.set(view)
     try:
-        flow(**parameters, return_state=False)
+        flow(**parameters)
+    except TerminationSignal:
+        raise typer.Exit(TERMINATED) from None
     finally:
         LISTENER.reset(token)
         view.close()

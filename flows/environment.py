@@ -15,7 +15,7 @@ from infra.settings import Settings
 from infra.store import ArtifactStore
 
 RUN = "run"  # process ids, addresses and logs of `fathom up`
-SERVER = "server.json"
+SERVER = "address.json"
 
 
 def open_store(settings: Settings) -> ArtifactStore:

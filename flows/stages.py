@@ -8,6 +8,7 @@ here: once, and only if the stage's workers died; the second attempt resumes fro
 from __future__ import annotations
 
 import inspect
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefect import Flow, State, Task, get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.context import FlowRunContext
+from prefect.exceptions import TerminationSignal
 from prefect.states import Completed
 from pydantic import ValidationError
 
@@ -150,6 +152,11 @@ def _run(stage: Stage, config: Config, inputs: Mapping[str, str], force: bool, l
             cache_policy=NO_CACHE,
             persist_result=False,
         )()
+    except SystemExit as error:
+        # Ray puts a SIGTERM handler of its own, which exits, in the place of Prefect's, which knows what was cancelled.
+        if error.code == signal.SIGTERM:
+            raise TerminationSignal(signal.SIGTERM) from None
+        raise
     finally:
         bar.close()
     artifact = result.artifact
