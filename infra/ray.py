@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -196,9 +197,8 @@ def _run_rank(fn: Callable[..., Any], job: Any, mailbox: Any, rank: int, workers
 
 def _leave_group() -> None:
     """Ray keeps the process for later tasks: a rank that failed must not leave its process group to them."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -237,9 +237,8 @@ def _failure(ray: Any, ref: Any) -> Exception | None:
 def _with_threads(fn: Callable[[Any], Any], item: Any, threads: int) -> Any:
     """fn(item) with torch held to `threads`: more OpenMP threads than free cores cost 10–100×."""
     os.environ["OMP_NUM_THREADS"] = os.environ["RAYON_NUM_THREADS"] = str(threads)
-    import torch
-
-    torch.set_num_threads(threads)
+    if "torch" in sys.modules:  # else it reads the variable, if fn imports it at all
+        sys.modules["torch"].set_num_threads(threads)
     return fn(item)
 
 

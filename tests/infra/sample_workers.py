@@ -1,4 +1,4 @@
-"""What Ray workers run in tests."""
+"""What Ray workers run in tests. torch is imported where it is used: most workers start without it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import signal
 import threading
 import time
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from infra.errors import InputError
 
@@ -35,6 +32,9 @@ def die(_: Any, report: Any = None) -> None:
 
 def sum_of_ranks(job: dict[str, int], report: Any) -> tuple[int, float, int]:
     """Each rank gives rank + offset; all_reduce adds them."""
+    import torch
+    import torch.distributed as dist
+
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     value = torch.tensor(float(rank + job["offset"]))
@@ -47,6 +47,8 @@ def sum_of_ranks(job: dict[str, int], report: Any) -> tuple[int, float, int]:
 
 def rank_one_fails(job: Any, report: Any) -> None:
     """Rank 0 waits in a collective that rank 1 never joins."""
+    import torch.distributed as dist
+
     dist.init_process_group("gloo")
     if os.environ["RANK"] == "1":
         raise ZeroDivisionError("rank 1 met a bad batch")
@@ -55,6 +57,8 @@ def rank_one_fails(job: Any, report: Any) -> None:
 
 def rank_one_is_killed(job: Any, report: Any) -> None:
     """Rank 0 loses its peer in a collective."""
+    import torch.distributed as dist
+
     dist.init_process_group("gloo")
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
