@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 import stages
+from flows.environment import HEARTBEAT_SECONDS
 from flows.pipelines import PIPELINES
 
 POOL = "fathom"
 DEPLOYMENT = "fathom"
-HEARTBEAT_SECONDS = 30
 LOST_SECONDS = 90
 FILE = Path(__file__).resolve().parent.parent / "prefect.yaml"
 HEADER = "# Generated from the registry of stages and pipelines by: python -m flows.deployments\n"
@@ -69,10 +69,12 @@ def _pipeline(name: str) -> dict[str, Any]:
 def crash_automation() -> dict[str, Any]:
     """The automation (as the API takes it) that calls a run Crashed when its heartbeat stops.
 
-    A killed worker cannot report its runs, and they would stay Running for ever. Only runs that send heartbeats, those
-    of our deployments, are watched.
+    A killed worker cannot report its runs, and they would stay Running for ever. All our runs send heartbeats often
+    enough; one that was started with Prefect's default of 180 s would be called crashed while it works.
     """
-    ended = [f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Reused")]
+    ended = [
+        f"prefect.flow-run.{state}" for state in ("Completed", "Reused", "Failed", "TimedOut", "Cancelled", "Crashed")
+    ]
     return {
         "name": "fathom: runs whose heartbeat stopped have crashed",
         "description": f"No heartbeat and no final state for {LOST_SECONDS} s",

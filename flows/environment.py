@@ -16,6 +16,7 @@ from infra.store import ArtifactStore
 
 RUN = "run"  # process ids, addresses and logs of `fathom up`
 SERVER = "address.json"
+HEARTBEAT_SECONDS = 30  # of every run: the server calls one that stops crashed (deployments.crash_automation)
 
 
 def open_store(settings: Settings) -> ArtifactStore:
@@ -36,6 +37,7 @@ def variables(store: ArtifactStore) -> dict[str, str]:
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "true",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from prefect import Flow, State
 from prefect.context import FlowRunContext
 from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Completed
 
 import stages
@@ -123,7 +125,10 @@ def _run(
 
 
 def _embedded(step: Step, labels: Mapping[str, str]) -> str | None:
-    state = stage_flow(step.stage)(step.config, step.refs, step.force, dict(labels), return_state=True)
+    # Ending a run's heartbeat takes Prefect up to a second; what is only looked up does not need one.
+    brief = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}) if step.state == "reuse" else nullcontext()
+    with brief:
+        state = stage_flow(step.stage)(step.config, step.refs, step.force, dict(labels), return_state=True)
     if not state.is_completed():
         state.result()  # raises what the stage raised
     return state.name
