@@ -40,7 +40,9 @@ def try_once(rng: Random, numbers: list[int], signs: str) -> tuple[str, list[str
 def draw(rng: Random, level: int) -> Numbers:
     count, largest, signs, misses = COUNTDOWN_LEVELS[level]
     numbers = [rng.randint(1, largest) for _ in range(count)]
-    *_, target = try_once(rng, numbers, signs)
+    target = sum(numbers)
+    while target == sum(numbers):  # adding everything up would answer a third of all questions without a thought
+        *_, target = try_once(rng, numbers, signs)
     return {"numbers": numbers, "target": target, "signs": signs, "misses": misses}
 
 
