@@ -32,7 +32,11 @@ def post(url: str, body: Any) -> Any:
 @pytest.mark.slow
 def test_a_run_through_the_server_makes_the_same_artifact_as_the_command_line(tmp_path: Path) -> None:
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PREFECT_", "PYTEST_", "NICEGUI_"))
+        },
         "FATHOM_STORE": str(tmp_path / "store"),
         "FATHOM_PREFECT_PORT": str(free_port()),
         "FATHOM_EXPLORER_PORT": str(free_port()),
