@@ -120,6 +120,8 @@ EVALUATED = {
     "rl_student_llama": "rl_student_llama",
 }
 _EVALUATIONS = {name: _evaluate(name, checkpoint) for name, checkpoint in EVALUATED.items()}
+# The base model is held against a byte trigram of the same text too.
+_EVALUATIONS["base"] = Node("evaluate_base", "evaluate", {**_EVALUATIONS["base"].inputs, "tokens": "tokenize"})
 
 LINE = Pipeline(
     "line",

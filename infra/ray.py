@@ -8,10 +8,12 @@ Tasks, not actors: Ray keeps idle worker processes, so the next stage does not i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -37,6 +39,21 @@ def session(settings: Settings | None = None) -> None:
         return
     settings = settings or Settings.load()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with _keeping_sigterm():
+        _connect(ray, settings)
+
+
+@contextlib.contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Give SIGTERM back to whoever had it: ray.init takes it, and an orchestrator cancels a run by it."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if main and handler is not None:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _connect(ray: Any, settings: Settings) -> None:
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
         try:

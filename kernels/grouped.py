@@ -28,13 +28,13 @@ class Permutation(NamedTuple):
     padding, else 1 (fp32). row_R: row of each pair. load_E: rows per expert without padding, int64. ends_E: where each
     expert's rows end, int32. expert_L: expert of each tile. tile: rows per tile."""
 
-    pair_P: Tensor  # noqa: N815
-    source_P: Tensor  # noqa: N815
-    real_P: Tensor  # noqa: N815
-    row_R: Tensor  # noqa: N815
-    load_E: Tensor  # noqa: N815
-    ends_E: Tensor  # noqa: N815
-    expert_L: Tensor  # noqa: N815
+    pair_P: Tensor
+    source_P: Tensor
+    real_P: Tensor
+    row_R: Tensor
+    load_E: Tensor
+    ends_E: Tensor
+    expert_L: Tensor
     tile: int
 
 

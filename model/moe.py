@@ -19,7 +19,7 @@ from model.router import Router, sequence_balance_loss
 class Balance(NamedTuple):
     """What one MoE layer reports: tokens per routed expert, int64, and the sequence-wise loss (fp32 scalar)."""
 
-    load_E: Tensor  # noqa: N815
+    load_E: Tensor
     loss: Tensor
 
 

@@ -24,7 +24,11 @@ from stages.rl.rewards import RewardWeights
 
 
 class GrpoConfig(Config):
-    """Defaults are sized for two CPU cores; the papers' figures stand in the descriptions."""
+    """Defaults are sized for two CPU cores; the papers' figures stand in the descriptions.
+
+    At a few million parameters many questions with few replies each learn more from the same number of tokens than
+    few questions with many: the noise is between questions.
+    """
 
     name: str = Field("", title="Name", description="What the checkpoint is called in reports")
     template: Template = Field("chat", title="Template", description="r1_zero: base model, no chat markers")
@@ -33,9 +37,9 @@ class GrpoConfig(Config):
     rewards: RewardWeights = Field(RewardWeights(), title="Rewards")
 
     steps: int = Field(60, ge=1, title="Steps", description="Explorations")
-    groups_per_step: int = Field(16, ge=1, title="Questions a step", description="R1-Zero: 32")
-    group_size: int = Field(16, ge=2, title="Replies a question", description="R1-Zero: 16, DeepSeekMath: 64")
-    rollout_groups: int = Field(8, ge=1, title="Questions a chunk", description="Generated together by one worker")
+    groups_per_step: int = Field(32, ge=1, title="Questions a step", description="R1-Zero: 32")
+    group_size: int = Field(8, ge=2, title="Replies a question", description="R1-Zero: 16, DeepSeekMath: 64")
+    rollout_groups: int = Field(16, ge=1, title="Questions a chunk", description="Generated together by one worker")
     updates_per_exploration: int = Field(1, ge=1, title="Updates an exploration")
     max_new_tokens: int = Field(64, ge=1, title="Longest reply", description="R1-Zero: 32768, then 65536")
     temperature: float = Field(1.0, gt=0, title="Temperature")

@@ -60,10 +60,11 @@ class ProblemSource(Config):
     kind: Literal["worked_problems"] = "worked_problems"
     families: tuple[str, ...] = FAMILIES
     languages: tuple[Literal["en", "zh"], ...] = ("en", "zh")
+    levels: tuple[int, ...] = Field((), description="empty: all that each family has")
     n: int = Field(10_000, ge=1, description="distinct problems")
 
     def build(self, config: IngestConfig) -> Source:
-        return WorkedProblems(self.families, self.languages, self.n, config.seed)
+        return WorkedProblems(self.families, self.languages, self.levels, self.n, config.seed)
 
 
 class FileSource(Config):

@@ -13,6 +13,7 @@ class WorkedProblems:
 
     families: tuple[str, ...]
     languages: tuple[str, ...]
+    levels: tuple[int, ...]
     n: int
     seed: int
     name: str = "worked_problems"
@@ -26,5 +27,5 @@ class WorkedProblems:
     def read(self, unit: str) -> list[Raw]:
         from stages.problems.registry import generate
 
-        problems = generate(self.families, self.languages, self.n, self.seed, "train")
-        return [Raw(p.id, f"{p.question}\n{p.chain}\n{p.answer}", p.language) for p in problems]
+        problems = generate(self.families, self.languages, self.n, self.seed, "train", self.levels or None)
+        return [Raw(p.id, p.worked, p.language) for p in problems]
