@@ -208,6 +208,7 @@ def _missing(planner: _Planner, step: Step) -> ArtifactNotFound:
 def _why(planner: _Planner, node: Node, stage: Stage, config: Config, sources: Mapping[str, Step]) -> list[str]:
     """How the run differs from the artifact of the same stage that it differs from least."""
     refs = {role: source.id for role, source in sources.items()}
+    external = stage.external(config)
     candidates = planner.by_stage.get(stage.name, [])
     if not candidates:
         return ["never made"]
@@ -215,6 +216,7 @@ def _why(planner: _Planner, node: Node, stage: Stage, config: Config, sources: M
 
     def distance(manifest: Manifest) -> tuple[int, bool, float]:
         found = differences(manifest.config, values) + differences(manifest.inputs, refs)
+        found += differences(manifest.external, external)
         other_node = manifest.provenance.labels.get("node") != node.name
         return len(found) + (manifest.stage_version != stage.version), other_node, -manifest.created.timestamp()
 
@@ -223,6 +225,7 @@ def _why(planner: _Planner, node: Node, stage: Stage, config: Config, sources: M
     if nearest.stage_version != stage.version:
         why.append(f"stage version {nearest.stage_version} → {stage.version}")
     why += [f"{path}: {_short(old)} → {_short(new)}" for path, old, new in differences(nearest.config, values)]
+    why += [f"{name}: {_short(old)} → {_short(new)}" for name, old, new in differences(nearest.external, external)]
     for role, old, new in differences(nearest.inputs, refs):
         if new is not None and sources[role].state == "run":
             why.append(f"input {role} will change ({sources[role].node.name} runs)")

@@ -1,6 +1,7 @@
 """What a stage leaves behind: a read-only folder with a manifest whose id is the recipe that made it.
 
-`recipe_id` is the only place where identity is computed: stage name, stage version, every config field, input ids.
+`recipe_id` is the only place where identity is computed: stage name, stage version, every config field, input ids, and
+the versions or digests of what the stage reads from outside the store.
 Where and how fast something ran is recorded in `Provenance` and never hashed.
 """
 
@@ -78,6 +79,7 @@ class Manifest(_Record):
     config: dict[str, Any]
     inputs: dict[str, str] = Field(description="role → artifact id; a role of many is role.name")
     input_digests: dict[str, str] = Field({}, description="role → content digest of that input when it was read")
+    external: dict[str, str] = Field({}, description="what was read from outside the store → its version or digest")
     summary: dict[str, Scalar]
     provenance: Provenance
     files: tuple[FileEntry, ...]
@@ -151,6 +153,13 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def recipe_id(stage: str, version: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+def recipe_id(
+    stage: str,
+    version: int,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    external: Mapping[str, str] | None = None,
+) -> str:
     """The artifact id `<stage>/<12 hex>` of a stage run with this config on these inputs."""
-    return f"{stage}/{digest([stage, version, dict(config), dict(inputs)])[:12]}"
+    recipe: list[Any] = [stage, version, dict(config), dict(inputs)]
+    return f"{stage}/{digest([*recipe, dict(external)] if external else recipe)[:12]}"

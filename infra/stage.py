@@ -87,6 +87,7 @@ class Stage:
     takes: dict[str, Role]
     makes: Kind
     config_type: type[Config]
+    reads: Callable[[Any], dict[str, str]] | None = None
 
     def __call__(self, config: Config, inputs: Inputs, ctx: Context) -> dict[str, Scalar]:
         return self.fn(config, inputs, ctx)
@@ -106,7 +107,11 @@ class Stage:
 
     def id(self, config: Config, refs: Refs) -> str:
         """The artifact id that this config on these inputs makes."""
-        return recipe_id(self.name, self.version, config.model_dump(mode="json"), refs)
+        return recipe_id(self.name, self.version, config.model_dump(mode="json"), refs, self.external(config))
+
+    def external(self, config: Config) -> dict[str, str]:
+        """Versions or digests of what this config makes the stage read from outside the store."""
+        return self.reads(config) if self.reads else {}
 
     def check_roles(self, refs: Mapping[str, Any]) -> None:
         """Raise ConfigError if a role is unknown or missing."""
@@ -124,16 +129,24 @@ class Stage:
 
 
 def stage(
-    *, version: int, makes: Kind, takes: Mapping[str, str | Role] | None = None
+    *,
+    version: int,
+    makes: Kind,
+    takes: Mapping[str, str | Role] | None = None,
+    reads: Callable[[Any], dict[str, str]] | None = None,
 ) -> Callable[[Callable[..., dict[str, Scalar]]], Stage]:
-    """Declare a stage. Raise its `version` when the same config on the same inputs gives a different result."""
+    """Declare a stage. Raise its `version` when the same config on the same inputs gives a different result.
+
+    A stage that reads what no store holds (a user's files, an installed package) says in `reads` what that is now, as
+    name → version or digest: it enters the id, so a changed file is never mistaken for the one that was read.
+    """
     roles = {name: role if isinstance(role, Role) else Role(role) for name, role in (takes or {}).items()}
     assert makes in KINDS and all(role.kind in KINDS for role in roles.values()), (makes, roles)
 
     def declare(fn: Callable[..., dict[str, Scalar]]) -> Stage:
         config_type = get_type_hints(fn)["config"]
         assert issubclass(config_type, Config), config_type
-        return Stage(fn, fn.__name__, version, roles, makes, config_type)
+        return Stage(fn, fn.__name__, version, roles, makes, config_type, reads)
 
     return declare
 
@@ -197,6 +210,7 @@ def run(
             config=config.model_dump(mode="json"),
             inputs=refs,
             input_digests={role: artifact.manifest.content_digest for role, artifact in inputs.items()},
+            external=stage.external(config),
             summary=summary,
             provenance=_provenance(stage, config, settings, started, wall, labels or {}),
             files=(),

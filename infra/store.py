@@ -240,7 +240,7 @@ class ArtifactStore:
         record = json.loads(self.fs.cat_file(self._path(artifact_id, MANIFEST)))
         if record.pop("seal", "") != digest(record):
             faults.append(Fault(artifact_id, MANIFEST, "edited after the commit"))
-        if recipe_id(manifest.stage, manifest.stage_version, manifest.config, manifest.inputs) != artifact_id:
+        if _id_of(manifest) != artifact_id:
             faults.append(Fault(artifact_id, MANIFEST, "stage, config or inputs do not give this id"))
         base = self._path(artifact_id, *([manifest.payload] if manifest.payload else []))
         present = {path.removeprefix(base).lstrip("/"): info for path, info in self.fs.find(base, detail=True).items()}
@@ -323,6 +323,10 @@ class ArtifactStore:
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         return target
+
+
+def _id_of(manifest: Manifest) -> str:
+    return recipe_id(manifest.stage, manifest.stage_version, manifest.config, manifest.inputs, manifest.external)
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

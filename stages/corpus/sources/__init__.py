@@ -27,6 +27,10 @@ class Source(Protocol):
     domain: str
     license: str
 
+    def versions(self) -> dict[str, str]:
+        """What `units` and `read` will find, as name → version or digest: the part of identity no config knows."""
+        ...
+
     def units(self) -> list[str]: ...
 
     def read(self, unit: str) -> list[Raw]: ...

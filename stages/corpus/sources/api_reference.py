@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,6 +54,11 @@ class ApiReference:
             package = _PACKAGES[self.language]
             raise InputError(f"{self.name} reads the package {package}: pip install 'fathom-line[corpus]'")
         return Path(spec.submodule_search_locations[0])
+
+    def versions(self) -> dict[str, str]:
+        """Of both packages, for the one installed last overwrites files of the other."""
+        found = distributions() if self.root is None else distributions(path=[self.root])
+        return {d.name: d.version for d in found if d.name in _PACKAGES.values()}
 
     def units(self) -> list[str]:
         return sorted(path.relative_to(self.folder).parent.as_posix() for path in self.folder.glob("*/*/models.py"))

@@ -6,6 +6,7 @@ Nothing is bundled or downloaded: the texts are read from the running interprete
 from __future__ import annotations
 
 import ast
+import platform
 import re
 import sys
 import sysconfig
@@ -34,6 +35,9 @@ class PythonDocs:
     domain: str = "docs"
     license: str = "PSF-2.0"
 
+    def versions(self) -> dict[str, str]:
+        return {"python": platform.python_version()}
+
     def units(self) -> list[str]:
         return ["topics:", *(f"library:{path}" for path in _library_files())]
 
@@ -55,6 +59,9 @@ class PythonCode:
     domain: str = "code"
     license: str = "PSF-2.0"
 
+    def versions(self) -> dict[str, str]:
+        return {"python": platform.python_version()}
+
     def units(self) -> list[str]:
         return _library_files()
 
@@ -72,6 +79,9 @@ class InstalledDocstrings:
     language: str = "en"
     domain: str = "docs"
     license: str = field(default="see each document", init=False)
+
+    def versions(self) -> dict[str, str]:
+        return {package: metadata.version(package) for package in self.packages}
 
     def units(self) -> list[str]:
         found = []

@@ -21,6 +21,9 @@ class WorkedProblems:
     domain: str = "math"
     license: str = "Apache-2.0"
 
+    def versions(self) -> dict[str, str]:
+        return {}
+
     def units(self) -> list[str]:
         return ["all"]
 
