@@ -32,7 +32,7 @@ class Progress:
     def __str__(self) -> str:
         percent = 100 * self.done / max(self.total, 1)
         left = "" if self.eta_seconds is None else f", {_clock(self.eta_seconds)} left"
-        shown = " ".join(f"{key} {value:.4g}" for key, value in list(self.metrics.items())[:6])
+        shown = " ".join(f"{key} {value:.4g}" for key, value in list(self.metrics.items())[:3])
         return f"{self.done}/{self.total} {self.unit} ({percent:.0f} %, {self.rate:.3g}/s{left}) {shown}".rstrip()
 
 

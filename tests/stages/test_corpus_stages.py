@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 
 import numpy as np
 import pyarrow as pa
@@ -357,3 +358,19 @@ def test_a_validation_split_without_documents_is_refused(line, tmp_path):
 def test_a_language_for_a_builtin_source_is_refused():
     with pytest.raises(ConfigError, match="leave language at auto"):
         IngestConfig.parse(SOURCES["zh"] | {"language": "en"})
+
+
+def test_a_file_changed_under_the_same_path_makes_another_artifact(tmp_path):
+    text = tmp_path / "one.txt"
+    text.write_text("The first version of a text that is long enough.", encoding="utf-8")
+    source = {"kind": "files", "name": "mine", "path": str(text), "format": "text", "license": "CC0-1.0"}
+    config = ingest.config_type.parse({"source": source})
+    before = ingest.id(config, {})
+    assert ingest.id(config, {}) == before
+    text.write_text("The second version of a text that is long enough.", encoding="utf-8")
+    assert ingest.id(config, {}) != before
+
+
+def test_an_installed_source_is_known_by_its_version():
+    config = ingest.config_type.parse({"source": {"kind": "builtin", "name": "python_docs"}})
+    assert ingest.external(config) == {"python": platform.python_version()}

@@ -81,7 +81,8 @@ class InstalledDocstrings:
     license: str = field(default="see each document", init=False)
 
     def versions(self) -> dict[str, str]:
-        return {package: metadata.version(package) for package in self.packages}
+        found = {distribution.name: distribution.version for distribution in metadata.distributions()}
+        return {package: found[package] for package in self.packages if package in found}  # units() names an absent one
 
     def units(self) -> list[str]:
         found = []
