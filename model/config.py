@@ -191,14 +191,18 @@ class ModelConfig(Config):
         """Parameters that one token's main-model forward pass reads: routed experts not chosen and MTP left out."""
         return self._count(self.n_activated_experts)
 
-    def flops_per_token(self, sequence_length: int) -> int:
-        """Training FLOPs (forward and backward) per token at that sequence length, MTP left out.
+    def flops_per_token(self, sequence_length: int, mtp: bool = False) -> int:
+        """Training FLOPs (forward and backward) per token at that sequence length, MTP modules counted on request.
 
         6 per matrix weight the token meets (the head among them, the embedding look-up not) and 6·T·(qk + v widths)
         per head and layer for attention, as DeepSeek LLM (section 3.1) counts: no discount for the causal half.
         """
         attention = self.n_layers * self.n_heads * (self.head_dim + self.value_dim) * sequence_length
-        return 6 * (self._matrices(self.n_activated_experts) + attention)
+        main = 6 * (self._matrices(self.n_activated_experts) + attention)
+        if not mtp:
+            return main
+        block = self._block_matrices(self.n_layers, self.n_activated_experts) + attention // self.n_layers
+        return main + 6 * self.n_mtp * (block + 2 * self.d_model**2 + self.vocab_size * self.d_model)
 
     def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """KV cache of one token: MLA keeps kv_lora_rank + rope numbers a layer, GQA keys and values of each kv head."""

@@ -1,7 +1,7 @@
 """Distillation: a small Llama- or Qwen-shaped student learns a reasoning teacher's samples (DeepSeek-R1, section 2.4).
 
-Supervised fine-tuning and nothing else, as in the paper; `train_flops` in the summary is what a comparison with
-reinforcement learning at equal compute needs.
+Supervised fine-tuning and nothing else, as in the paper. The summary has what a comparison with reinforcement learning
+at equal compute needs: `train_flops`, and `sample_flops` that the teacher spent on the conversations.
 """
 
 from __future__ import annotations
@@ -28,4 +28,6 @@ def distill(config: DistillConfig, inputs: Inputs, ctx: Context) -> dict:
             f"{student.id} is of family {family!r}, a student is one of {', '.join(STUDENT_FAMILIES)}: "
             "pretrain one with model.family set"
         )
-    return fine_tune(config, student, read_conversations(inputs["conversations"].path), ctx) | {"family": family}
+    conversations = inputs["conversations"]
+    summary = fine_tune(config, student, read_conversations(conversations.path), ctx)
+    return summary | {"family": family, "sample_flops": conversations.summary.get("sample_flops", 0.0)}

@@ -73,7 +73,15 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
     figures = table(records, config.seed)
     pq.write_table(pa.Table.from_pylist(records, PROBLEM_SCHEMA), ctx.out / PROBLEMS)
     write_rollouts(ctx.out / "rollouts-00000.parquet", [row for rows in grouped for row in rows[:2]])
-    report = {"name": config.name, "checkpoint": inputs["checkpoint"].id, "problems": figures, "text": text}
+    spent = inputs["checkpoint"].summary
+    flops = sum(spent.get(name, 0.0) for name in ("train_flops", "sample_flops"))
+    report = {
+        "name": config.name,
+        "flops": flops,
+        "checkpoint": inputs["checkpoint"].id,
+        "problems": figures,
+        "text": text,
+    }
     (ctx.out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
     (ctx.out / "report.md").write_text(markdown(config, figures, text), encoding="utf-8")
     return summarise(config, figures, text)

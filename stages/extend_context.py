@@ -97,5 +97,9 @@ def extend_context(config: ExtendContextConfig, inputs: Inputs, ctx: Context) ->
     summary["steps"] = sum(result.progress.step for result in results)
     summary["tokens"] = sum(result.progress.tokens for result in results)
     summary["train_flops"] = sum(result.flops for result in results)
+    seconds = sum(result.progress.seconds for result in results)
+    summary["train_seconds"] = round(seconds, 1)
+    summary["tokens_per_second"] = round(summary["tokens"] / seconds, 1)
+    summary["skipped_steps"] = sum(result.progress.skipped for result in results)
     summary |= {f"loss_before_{name}": loss for name, loss in zip(names, before, strict=True)}
     return summary | {f"loss_after_{name}": loss for name, loss in zip(names, after, strict=True)}

@@ -19,7 +19,7 @@ class GenerateProblemsConfig(Config):
     seed: int = Field(0, title="Seed")
 
 
-@stage(version=1, makes="problems")
+@stage(version=2, makes="problems")
 def generate_problems(config: GenerateProblemsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Draw distinct training and held-out problems; the split is a hash of the content, so no seed can leak."""
     summary: dict = {}

@@ -100,7 +100,7 @@ PANELS = (
 def summarise(rows: list[dict]) -> dict:
     """First and last values, each the mean of a tenth of the steps (one step is a noisy sample), and the totals."""
     tenth = max(1, len(rows) // 10)
-    summary: dict = {"steps": len(rows), "flops": rows[-1]["flops"]}
+    summary: dict = {"steps": len(rows), "train_flops": rows[-1]["flops"]}
     summary["reply_tokens"] = int(sum(row["reply_tokens"] for row in rows))
     for name in ("reward", "accuracy", "format", "language", "length", "entropy"):
         summary[f"{name}_first"] = round(sum(row[name] for row in rows[:tenth]) / tenth, 4)

@@ -127,7 +127,7 @@ def _outside(config: IngestConfig) -> dict[str, str]:
     return config.source.build(config).versions()
 
 
-@stage(version=1, makes="documents", reads=_outside)
+@stage(version=2, makes="documents", reads=_outside)
 def ingest(config: IngestConfig, inputs: Inputs, ctx: Context) -> dict:
     """Read one source into documents."""
     source = config.source.build(config)

@@ -69,6 +69,7 @@ def rejection_sample(config: RejectionSampleConfig, inputs: Inputs, ctx: Context
         "problems": len(problems),
         "problems_solved": solved,
         "samples": len(problems) * config.samples,
+        "sample_flops": sum(row["flops"] for rows in grouped for row in rows),
         **{f"dropped_{reason}": counts[reason] for reason in REASONS},
     }
 

@@ -72,22 +72,22 @@ def read_evaluation(artifact: Artifact) -> Evaluation:
         raise InputError(f"{artifact.id} is no evaluation (it has no {PROBLEMS}): give artifacts of the stage evaluate")
     content = json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))
     records = {row["problem_id"]: row for row in pq.read_table(artifact.path / PROBLEMS).to_pylist()}
-    return Evaluation(content["name"], records, content["problems"], content["text"])
+    return Evaluation(content["name"], records, content["problems"], content["text"], content["flops"])
 
 
 def markdown(title: str, evaluations: Mapping[str, Evaluation], verdicts: list[Verdict]) -> str:
     lines = [
         f"# {title}",
         "",
-        "| checkpoint | problems | pass@1 | 95 % interval | consensus | format | language | length |",
-        "|-|-|-|-|-|-|-|-|",
+        "| checkpoint | problems | pass@1 | 95 % interval | consensus | format | language | length | FLOPs |",
+        "|-|-|-|-|-|-|-|-|-|",
     ]
     for evaluation in evaluations.values():
         row = evaluation.figures[0]
         lines.append(
             f"| {evaluation.name} | {row['problems']} | {row['pass_1']:.3f} | "
             f"{row['pass_1_low']:.3f}–{row['pass_1_high']:.3f} | {row['consensus']:.3f} | {row['format']:.3f} | "
-            f"{row['language_consistency']:.3f} | {row['length']:.1f} |"
+            f"{row['language_consistency']:.3f} | {row['length']:.1f} | {evaluation.flops:.2g} |"
         )
     lines += ["", "| claim | holds | difference | 95 % interval | |", "|-|-|-|-|-|"]
     for verdict in verdicts:

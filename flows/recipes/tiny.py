@@ -34,6 +34,8 @@ GRPO = {
     **REPLY,
 }
 
+ZERO = {"rewards": {"accuracy": 1.0, "format": 0.1}}  # R1-Zero has no language reward (DeepSeek-R1, section 2.2)
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "ingest_api_zh": {"source": {"kind": "builtin", "name": "api_reference_zh"}, "max_bytes": 3_000_000},
     "ingest_api_en": {"source": {"kind": "builtin", "name": "api_reference_en"}, "max_bytes": 2_000_000},
@@ -53,7 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_epochs": 2.0,
     },
     "train_tokenizer": {"vocab_size": 2048, "digits": "single", "max_bytes": 4_000_000},
-    "tokenize": {"validation_fraction": 0.02},
+    "tokenize": {"validation_fraction": 0.05},
     "generate_problems": {"families": FAMILIES, "levels": LEVELS, "n_train": 8_000, "n_heldout": 160},
     "pretrain": {
         "model": MODEL,
@@ -72,7 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "learning_rate": {"schedule": "constant", "peak": 2e-4},
     },
     "evaluate_base": {"name": "base", "template": "r1_zero", **EVALUATE},
-    "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, "steps": 30},
+    "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, **ZERO, "steps": 30},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", **EVALUATE},
     "cold_start": {"problems": {"limit": 1_000}, "epochs": 1.0, **TUNE},
     "evaluate_cold_start": {"name": "cold_start", **EVALUATE},
@@ -87,7 +89,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "student_base_qwen": {"model": {"family": "qwen2", **STUDENT}, **STUDENT_BASE},
     "distill_llama": {"epochs": 2.0, **TUNE},
     "distill_qwen": {"epochs": 2.0, **TUNE},
-    "rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **GRPO, "steps": 20},
+    "rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **GRPO, **ZERO, "steps": 40},
     "evaluate_distill_llama": {"name": "distilled_llama", **EVALUATE},
     "evaluate_distill_qwen": {"name": "distilled_qwen", **EVALUATE},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **EVALUATE},

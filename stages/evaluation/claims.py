@@ -51,6 +51,7 @@ class Evaluation:
     records: Mapping[str, Mapping[str, Any]]
     figures: list[dict[str, Any]]
     text: list[dict[str, Any]]
+    flops: float | None = None  # of the stages that made this checkpoint from its starting point, sampling included
 
 
 def judge(claim: Claim, evaluations: Mapping[str, Evaluation]) -> Verdict:
@@ -65,8 +66,14 @@ def judge(claim: Claim, evaluations: Mapping[str, Evaluation]) -> Verdict:
     difference = paired_difference(
         [left.records[problem][claim.measure] for problem in shared],
         [right.records[problem][claim.right_measure or claim.measure] for problem in shared],
+        [left.records[problem]["content"] for problem in shared],
     )
-    return Verdict(claim.text, _holds(claim, difference), difference.mean, difference.low, difference.high, len(shared))
+    note = (
+        f"{left.flops:.3g} against {right.flops:.3g} FLOPs" if left.flops and right.flops and left is not right else ""
+    )
+    return Verdict(
+        claim.text, _holds(claim, difference), difference.mean, difference.low, difference.high, len(shared), note
+    )
 
 
 def _holds(claim: Claim, difference: Interval) -> bool:

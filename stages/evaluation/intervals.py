@@ -1,4 +1,4 @@
-"""Bootstrap intervals over problems: the problem is the unit that was drawn, its k samples are not independent."""
+"""Bootstrap intervals over contents: a problem's k samples, and its twins in other words, are not independent draws."""
 
 from __future__ import annotations
 
@@ -19,19 +19,32 @@ class Interval:
 
 
 def bootstrap_mean(
-    values: Sequence[float] | np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: Sequence[float] | np.ndarray,
+    clusters: Sequence[str] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
-    """Percentile interval of the mean of `values` (one a problem). Deterministic by `seed`."""
+    """Percentile interval of the mean of `values` (one a problem). Deterministic by `seed`.
+
+    Problems of one cluster (the same numbers in another language or order) are drawn together: they are not
+    independent, and resampling them one by one would make the interval too short.
+    """
     values_P = np.asarray(values, dtype=np.float64)
     assert values_P.ndim == 1, values_P.shape
     assert values_P.size, "no values to resample"
     rng = np.random.default_rng(seed)
-    means = values_P[rng.integers(0, values_P.size, (resamples, values_P.size))].mean(axis=1)
+    names_P = np.arange(values_P.size) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums_C, sizes_C = np.bincount(names_P, values_P), np.bincount(names_P)
+    drawn_RC = rng.integers(0, len(sizes_C), (resamples, len(sizes_C)))
+    means = sums_C[drawn_RC].sum(axis=1) / sizes_C[drawn_RC].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values_P.mean()), float(low), float(high))
 
 
-def paired_difference(left: Sequence[float], right: Sequence[float], **options: float) -> Interval:
+def paired_difference(
+    left: Sequence[float], right: Sequence[float], clusters: Sequence[str] | None = None, seed: int = 0
+) -> Interval:
     """Interval of mean(left − right), problem by problem: both lists speak of the same problems in the same order."""
     assert len(left) == len(right), (len(left), len(right))
-    return bootstrap_mean(np.asarray(left, dtype=np.float64) - np.asarray(right, dtype=np.float64), **options)
+    return bootstrap_mean(np.asarray(left, dtype=np.float64) - np.asarray(right, dtype=np.float64), clusters, seed=seed)

@@ -14,7 +14,13 @@ from stages.problems.verify import ballot, verify
 from stages.rl.rewards import parse
 
 PROBLEM_SCHEMA = pa.schema(
-    [("problem_id", pa.string()), ("family", pa.string()), ("language", pa.string()), ("level", pa.int32())]
+    [
+        ("problem_id", pa.string()),
+        ("family", pa.string()),
+        ("language", pa.string()),
+        ("level", pa.int32()),
+        ("content", pa.string()),
+    ]
     + [("samples", pa.int32())]
     + [(name, pa.float64()) for name in ("pass_1", "pass_k", "consensus", "format", "language_consistency", "length")]
 )
@@ -33,6 +39,7 @@ def problem_record(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str
         "family": problem.family,
         "language": problem.language,
         "level": problem.level,
+        "content": problem.content,
         "samples": n,
         "pass_1": pass_at_k(n, correct, 1),
         "pass_k": pass_at_k(n, correct, n),
@@ -58,8 +65,9 @@ def table(records: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, An
 
 def _measures(members: Sequence[dict[str, Any]], seed: int) -> dict[str, float]:
     figures = {}
+    contents = [member["content"] for member in members]
     for measure in MEASURES:
-        interval = bootstrap_mean([member[measure] for member in members], seed=seed)
+        interval = bootstrap_mean([member[measure] for member in members], contents, seed=seed)
         figures |= {measure: interval.mean, f"{measure}_low": interval.low, f"{measure}_high": interval.high}
     return figures
 

@@ -16,7 +16,7 @@ from stages.tokens.bpe import load_tokenizer
 from stages.tokens.shards import TokenShards
 from stages.training.checkpoint import load_model
 from stages.training.distributed import process_group
-from stages.training.validation import Validation, ValidationSet, bits_per_byte, validation_sets
+from stages.training.validation import Validation, ValidationSet, bits_per_byte, text_group, validation_sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def training_text(directory: Path, language: str, limit: int, spelling: list[byt
     for reference, tokens in TokenShards(directory, "train").documents():
         if total >= limit:
             break
-        if reference.language == language:
+        if text_group(reference) == language:
             documents.append(spell(tokens, spelling))
             total += len(documents[-1])
     return documents

@@ -79,6 +79,4 @@ def write(numbers: Numbers, language: Language, rng: Random) -> Written:
     return Written(question, chain, " ".join(roles), {"values": roles})
 
 
-KNIGHTS_AND_KNAVES = Family(
-    "knights_and_knaves", "roles", 1, draw, write, lambda n: f"{'/'.join(n['claims'])}:{n['names'][0]},{n['names'][1]}"
-)
+KNIGHTS_AND_KNAVES = Family("knights_and_knaves", "roles", 1, draw, write, lambda n: "/".join(sorted(n["claims"])))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from pathlib import Path
 from random import Random
@@ -32,12 +33,13 @@ from stages.rl.engines import open_engine
 from stages.rl.engines.base import Sampling
 from stages.rl.mismatch import mismatch
 from stages.rl.policy_loss import PolicyBatch, policy_loss
-from stages.rl.rollout import Rollout, explore, write_rollouts
+from stages.rl.rollout import Rollout, explore, forward_flops, write_rollouts
 from stages.rl.tally import Tally
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_model, save_model
 from stages.training.distributed import GradientBucket, Ranks, process_group
 from stages.training.resume import ResumeStore
+from stages.training.trainer import TrainingDiverged
 
 if TYPE_CHECKING:
     from stages.grpo import GrpoConfig
@@ -124,7 +126,7 @@ class Learner:
         rewards_PG = torch.tensor([r.score.reward for r in rollouts], dtype=torch.float64).view(-1, config.group_size)
         advantages_PG = group_normalised(rewards_PG)
         advantages = advantages_PG.flatten().tolist()
-        tally.explored(rollouts, flat_groups=int((advantages_PG == 0).all(dim=1).sum()))
+        tally.explored(rollouts, groups=len(advantages_PG), flat_groups=int((advantages_PG == 0).all(dim=1).sum()))
         if config.keep_rollouts_every and (number % config.keep_rollouts_every == 0 or number == config.steps - 1):
             self.keep(number, rollouts, advantages)
         # Without an advantage (all of a group without contrast) a reply has no policy gradient, only its KL term:
@@ -177,6 +179,10 @@ class Learner:
     def keep(self, number: int, rollouts: list[Rollout], advantages: list[float]) -> None:
         folder = Path(self.job.scratch) / ROLLOUTS
         folder.mkdir(parents=True, exist_ok=True)
+        if self.ranks.rank == 0:  # what ranks left that a killed run had and this one has not
+            for stale in folder.glob(f"rollouts-{number + 1:05d}-*.parquet"):
+                if int(stale.stem.rsplit("-", 1)[1]) >= self.ranks.world:
+                    stale.unlink()
         rows = [rollout.row(number + 1, advantage) for rollout, advantage in zip(rollouts, advantages, strict=True)]
         write_rollouts(folder / f"rollouts-{number + 1:05d}-{self.ranks.rank:03d}.parquet", rows)
 
@@ -211,6 +217,10 @@ class Learner:
                 tally.peak(max_ratio=metrics.max_ratio)
             self.bucket.reduce(self.ranks)
             norm = self.bucket.clip(config.max_gradient_norm)
+            if not math.isfinite(norm):
+                raise TrainingDiverged(
+                    f"step {number + 1}: gradient norm {norm}; lower learning_rate or max_gradient_norm"
+                )
             if norm > 0:  # no contrast on any rank: nothing to learn, and momentum alone shall not move the weights
                 self.optimizer.step()
             tally.peak(gradient_norm=norm)
@@ -219,12 +229,7 @@ class Learner:
         """Model FLOPs of this rank's share: 2N a token for generating and for the reference, 6N for learning."""
         updates = self.config.updates_per_exploration
         passes = 3.0 * updates + (updates if self.reference else 0)
-        return forward_flops(self.model, explored) + passes * forward_flops(self.model, learned)
-
-
-def forward_flops(model: Transformer, rollouts: list[Rollout]) -> float:
-    lengths = [len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts]
-    return sum(length * model.config.flops_per_token(length) / 3 for length in lengths)
+        return forward_flops(self.model.config, explored) + passes * forward_flops(self.model.config, learned)
 
 
 @dataclasses.dataclass(frozen=True)

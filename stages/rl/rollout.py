@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model.config import ModelConfig
 from stages.problems.problem import Language, Problem
 from stages.rl.engines.base import Engine, Sampling
 from stages.rl.prompts import Template, prompt_ids, reply_text
@@ -99,3 +100,9 @@ def write_rollouts(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def forward_flops(config: ModelConfig, rollouts: Iterable[Rollout]) -> float:
+    """FLOPs of one forward pass over prompts and replies: what generating them costs, and a third of learning them."""
+    lengths = [len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts]
+    return sum(length * config.flops_per_token(length) / 3 for length in lengths)

@@ -14,7 +14,7 @@ from stages.rl.engines import EngineName, open_engine
 from stages.rl.engines.base import Sampling
 from stages.rl.prompts import Template
 from stages.rl.rewards import RewardWeights
-from stages.rl.rollout import explore
+from stages.rl.rollout import explore, forward_flops
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_model
 from stages.training.distributed import process_group
@@ -37,10 +37,11 @@ class SampleJob:
 
 
 def sample(job: SampleJob, report: Report) -> list[dict[str, Any]]:
-    """This rank's rows of `rollout.SCHEMA`, each with the number of its problem under "problem"."""
+    """This rank's rows of `rollout.SCHEMA`, each with the number of its problem ("problem") and its cost ("flops")."""
     with process_group() as ranks, torch.no_grad():
         tokenizer = load_tokenizer(job.checkpoint)
-        engine = open_engine(job.engine, load_model(job.checkpoint, str(ranks.device)), job.checkpoint)
+        model = load_model(job.checkpoint, str(ranks.device))
+        engine = open_engine(job.engine, model, job.checkpoint)
         sampling = Sampling(job.max_new_tokens, job.temperature, job.top_p, (tokenizer.eos,))
         starts = range(0, len(job.problems), job.chunk)
         rows: list[dict[str, Any]] = []
@@ -49,7 +50,11 @@ def sample(job: SampleJob, report: Report) -> list[dict[str, Any]]:
             seed = Random(f"{job.seed}/{number}").getrandbits(62)
             rollouts = explore(engine, tokenizer, problems, job.samples, job.template, sampling, seed, RewardWeights())
             rows += [
-                rollout.row() | {"problem": starts[number] + position // job.samples}
+                rollout.row()
+                | {
+                    "problem": starts[number] + position // job.samples,
+                    "flops": forward_flops(model.config, [rollout]),
+                }
                 for position, rollout in enumerate(rollouts)
             ]
             report(min(starts[number] + job.chunk * ranks.world, len(job.problems)), len(job.problems), "problems")

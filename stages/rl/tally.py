@@ -44,9 +44,9 @@ class Tally:
         for name, value in values.items():
             self._peaks[name] = max(self._peaks[name], value)
 
-    def explored(self, rollouts: Sequence[Rollout], flat_groups: int) -> None:
-        """Count replies; `flat_groups` of their groups had no contrast in reward."""
-        self.add(flat_groups=flat_groups, groups=len({r.problem.id for r in rollouts}))
+    def explored(self, rollouts: Sequence[Rollout], groups: int, flat_groups: int) -> None:
+        """Count replies of `groups` groups; `flat_groups` of them had no contrast in reward."""
+        self.add(flat_groups=flat_groups, groups=groups)
         for rollout in rollouts:
             verdict, language = rollout.score, rollout.problem.language
             self.add(replies=1, tokens=len(rollout.tokens), finished=rollout.finished, reward=verdict.reward)

@@ -50,7 +50,7 @@ def train(job: TrainJob, report: Report) -> TrainResult:
         if ranks.rank == 0:
             save_model(job.out, trainer.model, job.tokenizer)
         ranks.barrier()
-        flops = job.model.flops_per_token(job.data.sequence_length) * trainer.progress.tokens
+        flops = job.model.flops_per_token(job.data.sequence_length, mtp=True) * trainer.progress.tokens
         return TrainResult(trainer.progress, float(flops), ranks.world)
 
 

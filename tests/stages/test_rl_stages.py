@@ -53,7 +53,7 @@ def test_two_ray_workers_learn_what_one_process_learns(inputs, bandit_problems, 
     summary = grpo(GrpoConfig(name="micro", **OPTIONS), inputs, ctx)
     assert summary["name"] == "micro"
     assert summary["steps"] == 3
-    assert summary["flops"] > 0
+    assert summary["train_flops"] > 0
     assert (ctx.out / "curves.png").stat().st_size > 1000
     paths = sorted(ctx.out.glob("rollouts-*.parquet"))
     rollouts = [row for path in paths for row in pq.read_table(path).to_pylist()]

@@ -137,7 +137,7 @@ def test_the_micro_model_learns_and_every_language_gets_cheaper(make_job, micro_
         values = [value for _, value in result.values(f"bits_per_byte_{language}")]
         assert len(values) == 4
         assert values == sorted(values, reverse=True)
-    assert result.flops == micro_v3.flops_per_token(32) * 60 * 8 * 32
+    assert result.flops == micro_v3.flops_per_token(32, mtp=True) * 60 * 8 * 32
 
 
 def test_a_uniform_model_costs_log_vocabulary_bits_per_token_in_bits_per_byte(make_job, micro_llama, tokens_dir):
