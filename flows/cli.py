@@ -38,7 +38,9 @@ class _Group(TyperGroup):
             console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            console(stderr=True).print("interrupted: nothing half-made was kept; the same command goes on from here")
+            makes = ctx.invoked_subcommand in ("run", "stage")
+            resumed = ": nothing half-made was kept; the same command goes on from here" if makes else ""
+            console(stderr=True).print(f"interrupted{resumed}")
             ctx.exit(INTERRUPTED)
 
 
@@ -99,7 +101,10 @@ def run(
     selection = Selection(from_, until, only, tuple(force or ()))
     selection.nodes(chosen)
     load_recipe(recipe).resolve(chosen, set_ or ())  # mistakes show before Prefect is started
-    flow = _prepared("flows.pipeline_flows", "pipeline_flow")(chosen)
+    make_flow = _prepared("flows.pipeline_flows", "pipeline_flow")
+    if deployments and "PREFECT_API_URL" not in os.environ:
+        raise ConfigError("--deployments needs a server and a worker: start them with fathom up")
+    flow = make_flow(chosen)
     _watch(
         flow,
         recipe=recipe,
@@ -192,7 +197,7 @@ def chat(
     """
     from flows.chat import converse
 
-    artifact = open_store(Settings.load()).get(ref)
+    artifact = open_store(Settings.load()).check(ref)
     converse(artifact, prompt, max_new_tokens, temperature, top_p, seed)
 
 
@@ -265,20 +270,20 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """A config file as a dict, by its suffix."""
+    import tomllib
+
+    import yaml
+
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
     kinds = (".yaml", ".yml", ".json", ".toml")
     if path.suffix not in kinds:
         raise ConfigError(f"--config {path}: {nearest(path.suffix, kinds)}")
     try:
         if path.suffix == ".toml":
-            import tomllib
-
             return tomllib.loads(text)
-        import yaml
-
         values = yaml.safe_load(text)  # JSON is YAML
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: {error}") from None

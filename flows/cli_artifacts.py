@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+import stages
 from flows.console import console, headline, rows_table, size
 from flows.environment import open_store
-from infra.artifact import Manifest
-from infra.errors import TamperedArtifact
+from infra.artifact import KINDS, Manifest
+from infra.config import nearest
+from infra.errors import ConfigError, TamperedArtifact
 from infra.lineage import lineage as trace
 from infra.settings import Settings
 from infra.store import ArtifactStore, differences
@@ -60,6 +62,9 @@ def list_(
 
     Example: fathom artifacts list --kind checkpoint --json
     """
+    for option, name, names in (("--kind", kind, KINDS), ("--stage", stage, stages.NAMES)):
+        if name is not None and name not in names:
+            raise ConfigError(f"{option}: no {option[2:]} {name!r}; {nearest(name, names)}")
     store = _store()
     tags = _tags_by_id(store)
     rows = [_row(manifest, tags(manifest.id)) for manifest in store.find(kind, stage)]

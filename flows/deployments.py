@@ -3,7 +3,9 @@
     python -m flows.deployments            # writes prefect.yaml
     prefect --no-prompt deploy --all       # registers all of it with the server
 
-Stages that fill the machine run one at a time and queue. The schedules are examples: present, and switched off.
+A stage that fills the machine has one run at a time of its deployment; further ones queue. The limit is a deployment's
+own: two different such stages, or one that an embedded pipeline runs in its own process, can still run side by side.
+The schedules are examples: present, and switched off.
 `{{ $PWD }}` is the checkout that `prefect deploy` runs in; its worker must see the same folder.
 """
 
@@ -24,7 +26,8 @@ LOST_SECONDS = 90
 FILE = Path(__file__).resolve().parent.parent / "prefect.yaml"
 HEADER = "# Generated from the registry of stages and pipelines by: python -m flows.deployments\n"
 
-# Stages that take every core or the GPU: a second run waits for the first.
+# Stages that take every core or the GPU: a second run of the same deployment waits for the first. It does not wait for
+# other deployments' runs.
 EXCLUSIVE = ("pretrain", "extend_context", "sft", "grpo", "rejection_sample", "distill", "evaluate")
 SCHEDULES = {"ingest": "0 2 * * *", "evaluate": "0 6 * * 1", "report": "0 7 * * 1"}
 

@@ -11,6 +11,7 @@ import os
 import urllib.request
 from pathlib import Path
 
+from infra.errors import StoreError
 from infra.settings import Settings
 from infra.store import ArtifactStore
 
@@ -56,7 +57,7 @@ def prepare(store: ArtifactStore, quiet: bool = True) -> None:
         values["PREFECT_API_URL"] = address
     for name, value in values.items():
         os.environ.setdefault(name, value)
-    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder only
+    make_folder(store, Path(os.environ["PREFECT_HOME"]))  # Prefect makes the last folder only
 
 
 def server_address(store: ArtifactStore) -> str | None:
@@ -65,7 +66,21 @@ def server_address(store: ArtifactStore) -> str | None:
         address = json.loads((run_folder(store) / SERVER).read_text())["api"]
     except (FileNotFoundError, KeyError, json.JSONDecodeError):
         return None
+    except OSError as error:
+        raise _unusable(store, error) from None
     return address if answers(f"{address}/health") else None
+
+
+def make_folder(store: ArtifactStore, folder: Path) -> None:
+    """Make a folder of the store's workspace; StoreError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(store, error) from None
+
+
+def _unusable(store: ArtifactStore, error: OSError) -> StoreError:
+    return StoreError(f"store {store.root}: {error}; set FATHOM_STORE to a folder that can be written")
 
 
 def answers(url: str, seconds: float = 2.0) -> bool:

@@ -100,6 +100,7 @@ class Pipeline:
 
 
 def _evaluate(name: str, checkpoint: str) -> Node:
+    # The base model is held against a byte trigram of the same text too.
     text = {"tokens": "tokenize"} if name == "base" else {}
     return Node(f"evaluate_{name}", "evaluate", {"checkpoint": checkpoint, "problems": "generate_problems", **text})
 
@@ -120,8 +121,6 @@ EVALUATED = {
     "rl_student_llama": "rl_student_llama",
 }
 _EVALUATIONS = {name: _evaluate(name, checkpoint) for name, checkpoint in EVALUATED.items()}
-# The base model is held against a byte trigram of the same text too.
-_EVALUATIONS["base"] = Node("evaluate_base", "evaluate", {**_EVALUATIONS["base"].inputs, "tokens": "tokenize"})
 
 LINE = Pipeline(
     "line",

@@ -7,6 +7,7 @@ same stage says why it must run.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -108,6 +109,7 @@ class _Planner:
     recipe: Recipe
     store: ArtifactStore
     load: Load
+    settings: tuple[str, ...] = ()
     by_stage: dict[str, list[Manifest]] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
 
@@ -129,11 +131,13 @@ def plan(
     load: Load = stages.load,
 ) -> Plan:
     """Work out every chosen node's id, whether it is reused, runs or is blocked, and why."""
+    settings, selection = tuple(settings), selection or Selection()
     configs = recipe.resolve(pipeline, settings, load)
-    chosen, again = (selection or Selection()).nodes(pipeline)
+    chosen, again = selection.nodes(pipeline)
     pinned = {name: pin for name, pin in recipe.pins.items() if name in pipeline.by_name}
+    _refuse_pinned(recipe, pinned, selection)
     needed = {source for name in chosen - set(pinned) for source in pipeline.node(name).roles.values()}
-    planner = _Planner(pipeline, recipe, store, load)
+    planner = _Planner(pipeline, recipe, store, load, settings)
     for node in pipeline.nodes:
         stage = load(node.stage)
         refs = {role: planner.steps[source].id for role, source in node.roles.items()}
@@ -148,11 +152,21 @@ def plan(
     return Plan(pipeline, recipe.name, shown)
 
 
+def _refuse_pinned(recipe: Recipe, pinned: Mapping[str, str], selection: Selection) -> None:
+    """A pinned node is never executed, so to ask for it is a mistake."""
+    asked = [("--only", selection.only), ("--from", selection.from_), *(("--force", name) for name in selection.force)]
+    for option, name in asked:
+        if name is not None and name in pinned:
+            raise ConfigError(
+                f"{option} {name}: recipe {recipe.name} pins {name} to {pinned[name]}, so it is never executed"
+            )
+
+
 def _pinned(planner: _Planner, node: Node, stage: Stage, config: Config, refs: dict[str, str], pin: str) -> Step:
     try:
         manifest = planner.store.manifest(planner.store.resolve(pin))
     except ArtifactNotFound as error:
-        problem = ArtifactNotFound(f"recipe {planner.recipe.name} pins {node.name} to {pin}: {error}")
+        problem: FathomError = ArtifactNotFound(f"recipe {planner.recipe.name} pins {node.name} to {pin}: {error}")
         return Step(node, stage, config, refs, pin, "blocked", (f"pinned to {pin}, which is missing",), problem=problem)
     if manifest.kind != stage.makes:
         problem = ConfigError(f"{node.name} is pinned to {pin}, a {manifest.kind}; it makes a {stage.makes}")
@@ -201,7 +215,8 @@ def rebuilt(faults: Iterable[Fault]) -> bool:
 
 def _missing(planner: _Planner, step: Step) -> ArtifactNotFound:
     name, pipeline = step.node.name, planner.pipeline.name
-    command = f"fathom run {pipeline} --recipe {planner.recipe.name} --until {name}"
+    settings = "".join(f" --set {shlex.quote(setting)}" for setting in planner.settings)
+    command = f"fathom run {pipeline} --recipe {planner.recipe.name}{settings} --until {name}"
     return ArtifactNotFound(f"upstream {name} ({step.id}) is not in the store; make it with: {command}")
 
 

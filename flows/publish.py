@@ -1,7 +1,7 @@
 """What a stage run shows in Prefect: a progress bar while it works, then one markdown page.
 
-Publishing is a courtesy to whoever watches: a slow or absent API is logged and never fails a stage. Only errors of the
-connection are treated so; an error of ours is raised.
+Publishing is a courtesy to whoever watches: a slow or absent API is logged and never fails a stage, nor does a damaged
+artifact somewhere else in the store that the page's lineage would show. A mistake in our code is raised.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.exceptions import PrefectException
 from prefect.logging import get_logger
 
 from flows.console import number, size
 from infra.artifact import Artifact
+from infra.errors import FathomError
 from infra.lineage import lineage
 from infra.metrics import Progress
 from infra.store import ArtifactStore
@@ -27,7 +29,8 @@ from infra.store import ArtifactStore
 UPDATE_SECONDS = 2.0
 TIMEOUT_SECONDS = 10.0
 IMAGE_BYTES = 400_000  # of all plots of a page together, as base64
-API_ERRORS = (httpx.HTTPError, OSError, RuntimeError)  # Prefect raises RuntimeError when its server cannot be reached
+# Prefect raises RuntimeError when its server cannot be reached, and errors of its own for a 404 or 409.
+API_ERRORS = (httpx.HTTPError, OSError, RuntimeError, PrefectException)
 
 
 def artifact_key(text: str) -> str:
@@ -100,7 +103,12 @@ class ProgressBar:
 
 def publish_page(store: ArtifactStore, artifact: Artifact, title: str, explorer: str, flow_run_id: UUID | None) -> None:
     """The page of a finished run: what was made, from what, how good, and where to look further."""
-    create("markdown", artifact.id, page(store, artifact, title, explorer), artifact.id, flow_run_id)
+    try:
+        text = page(store, artifact, title, explorer)
+    except FathomError as error:
+        get_logger("fathom").warning("%s has no page: %s", artifact.id, error)
+        return
+    create("markdown", artifact.id, text, artifact.id, flow_run_id)
 
 
 def page(store: ArtifactStore, artifact: Artifact, title: str, explorer: str) -> str:

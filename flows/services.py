@@ -20,8 +20,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from flows.deployments import FILE, POOL, crash_automation
-from flows.environment import SERVER, answers, explorer_address, run_folder, variables
+from flows.environment import SERVER, answers, explorer_address, make_folder, run_folder, variables
 from infra.errors import FathomError
 from infra.settings import Settings
 from infra.store import ArtifactStore
@@ -57,12 +59,10 @@ class _Service:
         """The process id, if the process that we started still runs under it."""
         try:
             record = json.loads(self.file.read_text())
-            listed = subprocess.run(
-                ["ps", "-o", "command=", "-p", str(record["pid"])], capture_output=True, text=True, check=False
-            )
-        except (FileNotFoundError, KeyError, json.JSONDecodeError):
+            command = " ".join(psutil.Process(record["pid"]).cmdline())
+        except (FileNotFoundError, KeyError, json.JSONDecodeError, psutil.Error):
             return None
-        return record["pid"] if record["marker"] in listed.stdout else None
+        return record["pid"] if record["marker"] in command else None
 
     def start(self, arguments: list[str], env: dict[str, str]) -> None:
         """Start `python -m arguments…` unless it runs."""
@@ -106,11 +106,11 @@ class _Service:
 def up(settings: Settings, store: ArtifactStore, say: Callable[[str], Any]) -> None:
     """Start what does not run yet, wait until all of it is healthy, say where it is."""
     folder = run_folder(store)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(store, folder)
     address = f"http://{HOST}:{settings.prefect_port}"
     api = f"{address}/api"
     env = _environment(settings, store, api)
-    Path(env["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    make_folder(store, Path(env["PREFECT_HOME"]))
 
     server = _Service("server", folder)
     if server.pid() is None and answers(f"{api}/health"):
@@ -159,18 +159,16 @@ def wait(store: ArtifactStore) -> None:
 
 
 def _environment(settings: Settings, store: ArtifactStore, api: str) -> dict[str, str]:
-    """What the services see: our variables, and the store by its absolute place, as they run in other folders."""
+    """What the services see: our variables and settings, with the store by its absolute place: their folder differs."""
     place = store.root if store.local else settings.store
+    given = {name: str(value) for name, value in settings.model_dump().items() if value is not None}
+    given |= {"store": place, "workspace": str(store.work)}
     return {
         **os.environ,
         **variables(store),
         "PREFECT_API_URL": api,
         "PREFECT_UI_API_URL": api,
-        "FATHOM_STORE": place,
-        "FATHOM_WORKSPACE": str(store.work),
-        "FATHOM_PREFECT_PORT": str(settings.prefect_port),
-        "FATHOM_EXPLORER_PORT": str(settings.explorer_port),
-        "FATHOM_WORKERS": str(settings.workers),
+        **{f"FATHOM_{name.upper()}": value for name, value in given.items()},
         "PYTHONUNBUFFERED": "1",
     }
 

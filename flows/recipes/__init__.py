@@ -89,6 +89,11 @@ def _changed(model: BaseModel, values: Values, path: list[str], value: Any, wher
     if not rest:
         return {**values, name: value}
     inner = getattr(model, name)
+    if inner is None:
+        raise ConfigError(
+            f"{where}.{name} is not set, so {'.'.join(rest)!r} in it cannot be changed: "
+            f"give it whole, {where}.{name}='{{{rest[0]}: …}}' with every field that it needs"
+        )
     if not isinstance(inner, BaseModel):
         raise ConfigError(f"{where}.{name} is a plain value: there is no {'.'.join(rest)!r} in it")
     given = values[name] if name in values else inner.model_dump(exclude_unset=True)

@@ -28,6 +28,9 @@ YARN_V3 = [
     {"sequence_length": 131072, "rope_factor": 40.0, "steps": 1000, "batch_size": 480},
 ]
 YARN_OLDER = [{"sequence_length": 16384, "rope_factor": 4.0, "steps": 1000, "batch_size": 576}]
+# V3's router balances itself by its biases, with the stages' default loss as an aid. The older routers are softmax
+# gates without biases and have the loss alone: (α, bias update speed γ).
+BALANCE = {"moe_16b": (1e-3, 0.0), "v2_lite": (3e-3, 0.0), "v2": (3e-3, 0.0)}
 PHASES = {"v2_lite": YARN_V2, "v2": YARN_V2, "v3": YARN_V3}
 END_RATES = {"v3": 7.3e-6}  # V3 extends at the last rate of pre-training
 R1_ZERO = {
@@ -57,13 +60,18 @@ def recipe(name: str) -> Recipe:
         "validation_every": 1000,
     }
     if ramp:
-        pretrain["batch_ramp"] = {"start": ramp[0], "until": ramp[1]}
-    extend = {
+        pretrain["batch_ramp"] = {"start": ramp[0], "until": _until(batch, ramp)}
+    extend: dict[str, Any] = {
         "phases": PHASES.get(name, YARN_OLDER),
         "learning_rate": {"schedule": "constant", "peak": END_RATES.get(name, peak / 10)},
         "micro_batch_size": 1,
         "precision": "bf16",
     }
+    if name in BALANCE:
+        alpha, speed = BALANCE[name]
+        balance = {"balance_alpha": alpha, "bias_update_speed": speed}
+        pretrain |= balance
+        extend |= balance
     changed: dict[str, dict[str, Any]] = {
         "train_tokenizer": {"vocab_size": model.vocab_size, "digits": "triples" if name == "v3" else "single"},
         "pretrain": pretrain,
@@ -74,6 +82,15 @@ def recipe(name: str) -> Recipe:
 
 
 def _steps(tokens: float, batch: int, ramp: tuple[int, float] | None) -> int:
-    """Steps that read `tokens`, when a ramp begins with smaller batches over a share of the steps."""
-    mean = batch if ramp is None else batch - (batch - ramp[0]) / 2 * ramp[1]
+    """Steps that read `tokens`, when a ramp begins with smaller batches."""
+    mean = batch if ramp is None else batch - batch / 2 * _until(batch, ramp)
     return round(tokens / (mean * CONTEXT))
+
+
+def _until(batch: int, ramp: tuple[int, float]) -> float:
+    """The share of the *steps* in which a ramp reads its share of the tokens.
+
+    The ramp grows by whole first batches, from one to one less than the full batch: on average half the full batch.
+    """
+    inside, outside = ramp[1] / (batch / 2), (1 - ramp[1]) / batch
+    return inside / (inside + outside)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
+from flows.environment import prepare
+from infra.errors import StoreError
+from infra.store import ArtifactStore
 
 
 def fathom(store: Path, *arguments: str, **options: object) -> Result:
@@ -98,6 +103,8 @@ def test_gc_deletes_only_what_no_tag_reaches(store_copy: Path) -> None:
         (["stage", "grpo"], 2, "grpo needs input checkpoint (checkpoint), problems (problems)"),
         (["artifacts", "show", "nothing"], 4, "no artifact or tag 'nothing'"),
         (["chat", "cubes@latest"], 3, "chat needs a checkpoint"),
+        (["artifacts", "list", "--kind", "checkpoints"], 2, "no kind 'checkpoints'; did you mean 'checkpoint'"),
+        (["artifacts", "list", "--stage", "pretran"], 2, "no stage 'pretran'; did you mean 'pretrain'"),
         (["artifacts", "lst"], 2, "No such command"),
     ],
 )
@@ -108,6 +115,56 @@ def test_a_mistake_is_one_message_and_its_exit_code(
     assert result.exit_code == code, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("broken.toml", b"n_train = = 3"), ("broken.yaml", b"{n_train: 3"), ("latin.yaml", b"name: caf\xe9")],
+)
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    result = fathom(tmp_path / "store", "stage", "generate_problems", "--config", str(tmp_path / name))
+    assert result.exit_code == 2
+    assert f"--config {tmp_path / name}: " in result.output
+
+
+def test_chat_refuses_a_damaged_artifact(store_copy: Path) -> None:
+    shown = json.loads(fathom(store_copy, "artifacts", "show", "cubes@latest", "--json").stdout)
+    (store_copy / "artifacts" / shown["id"] / "numbers.txt").write_text("7")
+    assert fathom(store_copy, "chat", "cubes@latest").exit_code == 5
+
+
+def test_a_store_that_is_a_file_is_named(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.write_text("")
+    result = fathom(store, "up")
+    assert result.exit_code == 6
+    assert f"store {store}: " in result.output
+    assert "set FATHOM_STORE" in result.output
+    with pytest.raises(StoreError, match="set FATHOM_STORE"):
+        prepare(ArtifactStore(store))
+
+
+def test_deployments_need_a_server(request: pytest.FixtureRequest) -> None:
+    start: Callable[..., subprocess.Popen[str]] = request.getfixturevalue("fathom")
+    process = start("run", "toy", "--recipe", "toy", "--deployments")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "start them with fathom up" in output
+
+
+@pytest.mark.parametrize(("command", "resumes"), [(["stage", "generate_problems"], True), (["down"], False)])
+def test_only_what_makes_something_says_that_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], resumes: bool
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flows.cli.open_store", interrupt)
+    result = fathom(tmp_path, *command)
+    assert result.exit_code == 130
+    assert "interrupted" in result.output
+    assert ("the same command goes on" in result.output) == resumes
 
 
 def test_a_plan_is_machine_readable_and_says_why(tmp_path: Path) -> None:

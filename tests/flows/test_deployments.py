@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from prefect.client.schemas.actions import ArtifactCreate
+from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
 from toy import TOY, count, load, square
 
 import stages
-from flows import deployments
+from flows import deployments, publish
 from flows.pipeline_flows import pipeline_flow
 from flows.pipelines import PIPELINES
 from flows.publish import artifact_key, page
 from flows.recipes import RECIPES
 from flows.stages import stage_flow
+from infra.errors import TamperedArtifact
 from infra.store import ArtifactStore
 
 
@@ -87,3 +90,23 @@ def test_plots_that_would_swell_a_page_are_left_out(store_copy: Path) -> None:
     cubes = store.get("cubes@latest")
     (cubes.path / "powers.png").write_bytes(bytes(400_000))
     assert "data:image" not in page(store, cubes, "cubes", "http://127.0.0.1:4280")
+
+
+def test_what_the_api_or_another_artifact_lacks_does_not_fail_a_stage(
+    made_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: Exception) -> Callable[..., Any]:
+        def raise_it(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return raise_it
+
+    store = ArtifactStore(made_store)
+    monkeypatch.setattr(publish, "get_client", fail(ObjectNotFound(Exception("404"))))
+    assert publish.create("markdown", "key", "text", "", None) is None
+    cubes = store.get("cubes@latest")
+    monkeypatch.setattr(publish, "lineage", fail(TamperedArtifact("another one")))
+    publish.publish_page(store, cubes, "cubes", "http://127.0.0.1:4280", None)
+    monkeypatch.setattr(publish, "lineage", fail(KeyError("a mistake of ours")))
+    with pytest.raises(KeyError):
+        publish.publish_page(store, cubes, "cubes", "http://127.0.0.1:4280", None)

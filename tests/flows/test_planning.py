@@ -82,7 +82,9 @@ def test_a_missing_upstream_is_named_with_the_command_that_makes_it(made_store: 
     assert states(made)["cubes"] == states(made)["sums"] == "blocked"
     assert isinstance(made.problem, ArtifactNotFound)
     assert made["large"].id in str(made.problem)
-    assert "fathom run toy --recipe toy --until large" in str(made.problem)
+    assert "fathom run toy --recipe toy --set large.seed=3 --until large" in str(made.problem)
+    quoted = planned(made_store, "large.seed=3", "large.shape={width: 5}", from_="cubes")
+    assert "--set 'large.shape={width: 5}' --until large" in str(quoted.problem)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,13 @@ def test_a_pin_takes_an_upstream_from_the_store_by_tag(made_store: Path) -> None
     absent = planned(made_store, recipe=Recipe("pinned", "", RECIPE.configs, {"cubes": "nothing@latest"}))
     assert isinstance(absent.problem, ArtifactNotFound)
     assert absent["sums"].state == "blocked"
+
+
+@pytest.mark.parametrize("selection", [{"only": "cubes"}, {"from_": "cubes"}, {"force": ("small", "cubes")}])
+def test_a_pinned_node_cannot_be_asked_for(made_store: Path, selection: dict) -> None:
+    pinned = Recipe("pinned", "", RECIPE.configs, {"cubes": "squares@latest"})
+    with pytest.raises(ConfigError, match="recipe pinned pins cubes to squares@latest"):
+        planned(made_store, recipe=pinned, **selection)
 
 
 def test_planned_ids_are_the_ids_that_running_gives(tmp_path: Path) -> None:

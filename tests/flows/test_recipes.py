@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from toy import RECIPE, TOY, load
@@ -12,6 +13,7 @@ from flows.pipelines import LINE, PIPELINES
 from flows.recipes import RECIPES, load_recipe, parse_setting
 from infra.config import Config
 from infra.errors import ConfigError
+from stages.training.schedules import batch_sizes
 
 
 def resolved(*settings: str) -> dict[str, Config]:
@@ -41,9 +43,32 @@ def test_the_report_claims_things_about_evaluations_that_the_recipe_names(name: 
 
 def test_a_published_model_pretrains_on_the_published_number_of_tokens() -> None:
     config = load_recipe("v3").resolve(LINE)["pretrain"]
-    batches = config.batch_size - (config.batch_size - config.batch_ramp.start) / 2 * config.batch_ramp.until  # type: ignore[attr-defined]
-    assert config.steps * batches * config.sequence_length == pytest.approx(14.8e12, rel=1e-6)  # type: ignore[attr-defined]
+    batches = batch_sizes(config.steps, config.batch_size, config.batch_ramp)  # type: ignore[attr-defined]
+    assert sum(batches) * config.sequence_length == pytest.approx(14.8e12, rel=1e-4)  # type: ignore[attr-defined]
     assert config.model.n_parameters() == pytest.approx(671e9 + 14e9, rel=0.01)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("v2", 225e9), ("v3", 469e9)])
+def test_a_published_ramp_covers_the_published_number_of_tokens(name: str, tokens: float) -> None:
+    config: Any = load_recipe(name).resolve(LINE)["pretrain"]
+    batches = batch_sizes(config.steps, config.batch_size, config.batch_ramp)
+    ramp = [batch for batch in batches if batch < config.batch_size]
+    assert sum(ramp) * config.sequence_length == pytest.approx(tokens, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "alpha"), [("moe_16b", 1e-3), ("v2_lite", 3e-3), ("v2", 3e-3)])
+def test_published_softmax_routers_are_balanced_by_the_loss_alone(name: str, alpha: float) -> None:
+    configs: Any = load_recipe(name).resolve(LINE)
+    assert configs["pretrain"].model.score_function == "softmax"
+    for node in ("pretrain", "extend_context"):
+        assert (configs[node].balance_alpha, configs[node].bias_update_speed) == (alpha, 0.0)
+
+
+def test_a_field_inside_what_is_not_set_says_to_give_it_whole() -> None:
+    with pytest.raises(ConfigError, match=r"pretrain\.batch_ramp is not set.*give it whole"):
+        load_recipe("v1_67b").resolve(LINE, ["pretrain.batch_ramp.start=4"])
+    configs: Any = load_recipe("v1_67b").resolve(LINE, ["pretrain.batch_ramp={start: 4, until: 0.1}"])
+    assert configs["pretrain"].batch_ramp.start == 4
 
 
 def test_a_setting_changes_one_field_of_one_node() -> None:

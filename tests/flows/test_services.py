@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from flows import services
+from infra.settings import Settings
 from infra.store import ArtifactStore
 
 
@@ -77,6 +79,26 @@ def test_a_run_through_the_server_makes_the_same_artifact_as_the_command_line(tm
         stopped = fathom("down")
     assert "server" in stopped
     assert "worker" in stopped
+
+
+def test_a_service_is_running_only_as_the_process_that_was_started(tmp_path: Path) -> None:
+    service = services._Service("server", tmp_path)
+    assert service.pid() is None
+    record = {"pid": os.getpid(), "marker": "pytest"}
+    service.file.write_text(json.dumps(record))
+    assert service.pid() == os.getpid()
+    service.file.write_text(json.dumps({**record, "marker": "another command"}))
+    assert service.pid() is None
+    service.file.write_text(json.dumps({**record, "pid": 2**22 + 1}))
+    assert service.pid() is None
+
+
+def test_services_get_every_setting(tmp_path: Path) -> None:
+    settings = Settings(store=str(tmp_path), cost_per_hour=2.5, object_store_mb=300)
+    found = services._environment(settings, ArtifactStore(tmp_path), "http://127.0.0.1:1/api")
+    assert (found["FATHOM_COST_PER_HOUR"], found["FATHOM_OBJECT_STORE_MB"]) == ("2.5", "300")
+    assert (found["FATHOM_STORE"], found["FATHOM_WORKSPACE"]) == (str(tmp_path), str(tmp_path))
+    assert "FATHOM_RAY_ADDRESS" not in found
 
 
 def _final_state(url: str) -> dict[str, Any]:
