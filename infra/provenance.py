@@ -69,7 +69,8 @@ def device_name() -> str:
 def source_digest(module: str) -> str:
     """SHA-256 over a module's source and, transitively, every module of ours that its source imports.
 
-    Imports are read from the syntax tree, those inside functions too, so nothing is executed.
+    Imports are read from the syntax tree, those inside functions too. The modules are not executed, but finding one
+    imports the packages above it, so their `__init__.py` run.
     """
     sources: dict[str, bytes] = {}
     waiting = [module]

@@ -25,7 +25,7 @@ from typing import Any
 
 from infra.errors import ConfigError, FathomError, StageFailed
 from infra.metrics import Report
-from infra.settings import Settings
+from infra.settings import Settings, cores
 
 POLL_SECONDS = 0.3
 GRACE_SECONDS = 2.0  # for the other ranks to say why they failed, after the first did
@@ -48,9 +48,11 @@ def _keeping_sigterm() -> Iterator[None]:
     """Give SIGTERM back to whoever had it: ray.init takes it, and an orchestrator cancels a run by it."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if main and handler is not None:
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if main and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(ray: Any, settings: Settings) -> None:
@@ -64,7 +66,7 @@ def _connect(ray: Any, settings: Settings) -> None:
     # A token file that any earlier Ray left behind turns authentication on; a private local session needs none.
     os.environ["RAY_AUTH_MODE"] = "disabled"
     ray.init(
-        num_cpus=max(os.cpu_count() or 1, settings.workers),
+        num_cpus=max(cores(), settings.workers),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
@@ -141,9 +143,9 @@ def spmd(
         while waiting:
             ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
             _raise_first_failure(ray, refs, ready, mailbox)
-            for done, total, unit, metrics in ray.get(mailbox.drain.remote()):
+            for done, total, unit, metrics in _get(ray, mailbox.drain.remote()):
                 ctx.report(done, total, unit, **metrics)
-        for done, total, unit, metrics in ray.get(mailbox.drain.remote()):
+        for done, total, unit, metrics in _get(ray, mailbox.drain.remote()):
             ctx.report(done, total, unit, **metrics)
         return list(ray.get(refs))
     finally:
@@ -236,7 +238,7 @@ def _raise_first_failure(ray: Any, refs: list[Any], ready: list[Any], mailbox: A
         return
     ended, _ = ray.wait(refs, num_returns=len(refs), timeout=GRACE_SECONDS)
     failures = {refs.index(ref): error for ref in ended if (error := _failure(ray, ref))}
-    first = failures.get(ray.get(mailbox.fail.remote()))
+    first = failures.get(_get(ray, mailbox.fail.remote()))
     killed = next((error for error in failures.values() if isinstance(error, StageFailed)), None)
     if killed and (first is None or isinstance(first, RuntimeError)):  # torch.distributed's errors are RuntimeErrors
         raise killed
@@ -268,8 +270,9 @@ def _get(ray: Any, ref: Any) -> Any:
         while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, Exception):
             cause = cause.cause  # itself, not Ray's look-alike: errno and the like must survive
         raise cause from (None if isinstance(cause, FathomError) else error)
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
-        raise StageFailed(f"a Ray worker died: {str(error).splitlines()[0]}; run again to resume") from None
+    except ray.exceptions.RayError as error:  # a worker crashed, ran out of memory, or was lost with its node
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise StageFailed(f"a Ray worker died: {told}; run again to resume") from None
 
 
 def _free_port() -> int:

@@ -14,6 +14,11 @@ from infra.config import explain
 from infra.errors import ConfigError
 
 
+def cores() -> int:
+    """CPUs that this process may use: under a container or taskset, fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Settings(BaseSettings):
     """Context of every run. A variable wins over the file, the file over the default."""
 
@@ -21,7 +26,7 @@ class Settings(BaseSettings):
 
     store: str = Field(".fathom", description="artifact store: a folder, or any fsspec URL such as s3://bucket/path")
     workspace: Path | None = Field(None, description="local folder for drafts, scratch and cache (default: the store)")
-    workers: int = Field(os.cpu_count() or 1, ge=1, description="parallel workers of a stage")
+    workers: int = Field(cores(), ge=1, description="parallel workers of a stage")
     ray_address: str | None = Field(None, description="a running Ray cluster; RAY_ADDRESS works too; default: local")
     object_store_mb: int = Field(512, ge=80, description="shared memory of a local Ray, capped by half of /dev/shm")
     cost_per_hour: float | None = Field(None, ge=0, description="price of this machine, for the cost in manifests")
@@ -41,6 +46,8 @@ class Settings(BaseSettings):
             return cls(**overrides)
         except ValidationError as error:
             raise ConfigError(explain(cls, error, "settings (FATHOM_* or fathom.toml)")) from None
+        except (ValueError, OSError) as error:  # not TOML, not UTF-8, not a file to read
+            raise ConfigError(f"fathom.toml: {error}") from None
 
     @classmethod
     def settings_customise_sources(

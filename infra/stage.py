@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 from infra import provenance
 from infra.artifact import KINDS, MANIFEST, Artifact, Kind, Manifest, Provenance, Scalar, recipe_id
 from infra.config import Config, nearest
-from infra.errors import ConfigError, StoreError
+from infra.errors import ConfigError, InputError, StoreError
 from infra.metrics import METRICS, MetricsLog, Progress
 from infra.settings import Settings
 from infra.store import ArtifactStore
@@ -105,9 +105,10 @@ class Stage:
         """Digest of the code that makes this stage's results."""
         return provenance.source_digest(self.fn.__module__)
 
-    def id(self, config: Config, refs: Refs) -> str:
-        """The artifact id that this config on these inputs makes."""
-        return recipe_id(self.name, self.version, config.model_dump(mode="json"), refs, self.external(config))
+    def id(self, config: Config, refs: Refs, external: Mapping[str, str] | None = None) -> str:
+        """The artifact id that this config on these inputs makes, with what it reads as it is now, or as given."""
+        external = self.external(config) if external is None else external
+        return recipe_id(self.name, self.version, config.model_dump(mode="json"), refs, external)
 
     def external(self, config: Config) -> dict[str, str]:
         """Versions or digests of what this config makes the stage read from outside the store."""
@@ -177,52 +178,61 @@ def run(
     """
     stage.check_roles(refs)
     refs = {role: store.resolve(ref) for role, ref in refs.items()}
-    artifact_id = stage.id(config, refs)
-    if store.exists(artifact_id) and not force:
-        return _reused(store, stage, artifact_id)
-    inputs = {role: store.check(ref) for role, ref in refs.items()}
-    for role, artifact in inputs.items():
-        wanted = stage.takes[role.partition(".")[0]].kind
-        if artifact.kind != wanted:
-            raise ConfigError(f"{stage.name}: input {role} is {artifact.id}, a {artifact.kind}; it takes a {wanted}")
-    with store.draft(artifact_id) as (out, scratch):
-        if store.exists(artifact_id) and not force:  # made by the process that held the lock before us
+    external = stage.external(config)
+    artifact_id = stage.id(config, refs, external)
+    with store.holding([artifact_id, *refs.values()]):
+        if store.exists(artifact_id) and not force:
             return _reused(store, stage, artifact_id)
-        started, clock = datetime.now(UTC), time.monotonic()
-        ctx = Context(out, scratch, settings.workers, on_progress)
-        try:
-            summary = stage(config, group(stage, inputs), ctx)
-            if (scratch / METRICS).exists():
-                shutil.copy(scratch / METRICS, out / METRICS)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreError(
-                    f"disk full while {stage.name} was writing: nothing was committed; free space and run again"
-                ) from None
-            raise
-        assert not (out / MANIFEST).exists(), f"{stage.name} wrote {MANIFEST}, which is the store's"
-        wall = time.monotonic() - clock
-        manifest = Manifest(
-            id=artifact_id,
-            kind=stage.makes,
-            stage=stage.name,
-            stage_version=stage.version,
-            config=config.model_dump(mode="json"),
-            inputs=refs,
-            input_digests={role: artifact.manifest.content_digest for role, artifact in inputs.items()},
-            external=stage.external(config),
-            summary=summary,
-            provenance=_provenance(stage, config, settings, started, wall, labels or {}),
-            files=(),
-            created=started,
-        )
-        return Result(store.commit(out, manifest, replace=force), reused=False)
+        inputs = {role: store.check(ref) for role, ref in refs.items()}
+        for role, artifact in inputs.items():
+            wanted = stage.takes[role.partition(".")[0]].kind
+            if artifact.kind != wanted:
+                raise ConfigError(
+                    f"{stage.name}: input {role} is {artifact.id}, a {artifact.kind}; it takes a {wanted}"
+                )
+        with store.draft(artifact_id) as (out, scratch):
+            if store.exists(artifact_id) and not force:  # made by the process that held the lock before us
+                return _reused(store, stage, artifact_id)
+            started, clock = datetime.now(UTC), time.monotonic()
+            ctx = Context(out, scratch, settings.workers, on_progress)
+            try:
+                summary = stage(config, group(stage, inputs), ctx)
+                if (scratch / METRICS).exists():
+                    shutil.copy(scratch / METRICS, out / METRICS)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise StoreError(
+                        f"disk full while {stage.name} was writing: nothing was committed; free space and run again"
+                    ) from None
+                raise
+            assert not (out / MANIFEST).exists(), f"{stage.name} wrote {MANIFEST}, which is the store's"
+            wall = time.monotonic() - clock
+            if stage.external(config) != external:
+                shutil.rmtree(scratch, ignore_errors=True)  # of files that are no more
+                raise InputError(
+                    f"{stage.name}: the files that it reads changed while it ran; nothing was committed, run again"
+                )
+            manifest = Manifest(
+                id=artifact_id,
+                kind=stage.makes,
+                stage=stage.name,
+                stage_version=stage.version,
+                config=config.model_dump(mode="json"),
+                inputs=refs,
+                input_digests={role: artifact.manifest.content_digest for role, artifact in inputs.items()},
+                external=external,
+                summary=summary,
+                provenance=_provenance(stage, config, settings, started, wall, labels or {}),
+                files=(),
+                created=started,
+            )
+            return Result(store.commit(out, manifest, replace=force), reused=False)
 
 
 def group(stage: Stage, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Inputs as the function takes them: the artifacts of a role of many as one tuple, in the order given."""
+    """Inputs as the function takes them: the artifacts of a role of many as one tuple, in the order of their names."""
     grouped: dict[str, Any] = {}
-    for name, artifact in inputs.items():
+    for name, artifact in sorted(inputs.items()):  # the id does not know the order given
         role = name.partition(".")[0]
         grouped[role] = (*grouped.get(role, ()), artifact) if stage.takes[role].many else artifact
     return grouped

@@ -1,9 +1,10 @@
 """The artifact store: a folder, or any fsspec URL, in which an artifact is either whole or absent.
 
 Layout under the root: `artifacts/<stage>/<12 hex>/` with the files and `manifest.json`, `tags/<name>.json`, and the
-work that is not yet an artifact: `drafts/`, `scratch/` (resume state, by artifact id), `locks/`. On a file system the
-commit is one `rename` of a complete draft. On an object store the files are uploaded under a unique prefix and the
-manifest, created only if absent, is the commit. Either way the first writer wins and the loser adopts its result.
+work that is not yet an artifact: `drafts/`, `scratch/` (resume state, by artifact id), `locks/`, and `holds/`, which
+keeps the inputs of running work from collection. On a file system the commit is one `rename` of a complete draft. On
+an object store the files are uploaded under a unique prefix and the manifest, created only if absent, is the commit.
+Either way the first writer wins and the loser adopts its result.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
+import logging
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,12 +28,14 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
-from infra.artifact import ID_PATTERN, MANIFEST, Artifact, FileEntry, Manifest, digest, recipe_id
+from infra.artifact import ID_PATTERN, MANIFEST, Artifact, Manifest, digest, recipe_id
 from infra.config import nearest
 from infra.errors import ArtifactNotFound, ConfigError, StoreError, TamperedArtifact
+from infra.files import entry, move, sha256
+from infra.holds import collecting, holding
 from infra.lineage import ancestors
 
-CHUNK = 1 << 20
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,18 @@ class ArtifactStore:
         found = self.fs.glob(f"{self.root}/artifacts/*/*/{MANIFEST}")
         return sorted("/".join(path.split("/")[-3:-1]) for path in found)
 
-    def find(self, kind: str | None = None, stage: str | None = None) -> list[Manifest]:
-        """Manifests, oldest first, of the artifacts of that kind and stage."""
-        manifests = [self.manifest(i) for i in self.ids() if stage is None or i.startswith(stage + "/")]
+    def find(self, kind: str | None = None, stage: str | None = None, strict: bool = False) -> list[Manifest]:
+        """Manifests, oldest first, of that kind and stage; unreadable ones are left out, or raised if `strict`."""
+        manifests = []
+        for artifact_id in self.ids():
+            if stage is None or artifact_id.startswith(stage + "/"):
+                try:
+                    manifests.append(self.manifest(artifact_id))
+                except ArtifactNotFound:
+                    continue  # deleted since it was listed
+                except TamperedArtifact:
+                    if strict:
+                        raise
         return sorted((m for m in manifests if kind in (None, m.kind)), key=lambda m: (m.created, m.id))
 
     def exists(self, artifact_id: str) -> bool:
@@ -126,7 +138,12 @@ class ArtifactStore:
         with contextlib.ExitStack() as stack:
             try:
                 lock.parent.mkdir(parents=True, exist_ok=True)
-                fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX)
+                handle = stack.enter_context(lock.open("w"))
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.warning("waiting for another process that makes %s", artifact_id)
+                    fcntl.flock(handle, fcntl.LOCK_EX)
                 for folder in (draft, scratch):  # after the lock: gc and the last holder remove what nobody holds
                     folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -138,6 +155,17 @@ class ArtifactStore:
                 with contextlib.suppress(OSError):
                     scratch.rmdir()  # only if empty: resume state stays
 
+    @contextlib.contextmanager
+    def holding(self, ids: Iterable[str]) -> Iterator[None]:
+        """Keep `gc` in this workspace from these artifacts and their ancestors, until the end or the process's."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(holding(self.work / "holds", ids))
+            except OSError as error:  # who may only read can reuse, and makes nothing that needs holding
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise _store_error(error, "holding inputs") from None
+            yield
+
     def commit(self, draft: Path, manifest: Manifest, replace: bool = False) -> Artifact:
         """Publish a draft's files as `manifest.id`, with their sizes and digests added to the manifest.
 
@@ -146,7 +174,7 @@ class ArtifactStore:
         if self.exists(manifest.id) and not replace:
             return self.get(manifest.id)
         try:
-            files = tuple(_entry(path, draft) for path in sorted(draft.rglob("*")) if path.is_file())
+            files = tuple(entry(path, draft) for path in sorted(draft.rglob("*")) if path.is_file())
             manifest = manifest.model_copy(update={"files": files, "created": datetime.now(UTC)})
             if self.local:
                 self._publish_folder(draft, manifest, replace)
@@ -154,8 +182,9 @@ class ArtifactStore:
                 self._publish_objects(draft, manifest, replace)
         except OSError as error:
             raise _store_error(error, f"committing {manifest.id}") from None
+        made = self.get(manifest.id)
         shutil.rmtree(self.work / "scratch" / manifest.id.replace("/", "-"), ignore_errors=True)
-        return self.get(manifest.id)
+        return made
 
     def _publish_folder(self, draft: Path, manifest: Manifest, replace: bool) -> None:
         (draft / MANIFEST).write_text(manifest.sealed_json())
@@ -166,8 +195,8 @@ class ArtifactStore:
         try:
             for folder in (target.parent, new.parent):
                 folder.mkdir(parents=True, exist_ok=True)
-            _move(draft, new)
-            if replace and target.exists():
+            move(draft, new)
+            if target.exists() and (replace or not (target / MANIFEST).exists()):  # without: what a killed gc left
                 target.rename(old)
             new.rename(target)
         except OSError as error:
@@ -200,7 +229,17 @@ class ArtifactStore:
     def tags(self) -> dict[str, str]:
         """Tag name → artifact id."""
         paths = self.fs.glob(f"{self.root}/tags/*.json")
-        return {unquote(path.rpartition("/")[2][:-5]): json.loads(self.fs.cat_file(path))["id"] for path in paths}
+        tags: dict[str, str] = {}
+        for path in paths:
+            try:
+                tags[unquote(path.rpartition("/")[2][:-5])] = str(json.loads(self.fs.cat_file(path))["id"])
+            except FileNotFoundError:
+                continue  # removed since it was listed
+            except (ValueError, KeyError, TypeError) as error:
+                raise TamperedArtifact(
+                    f"the tag file {path} cannot be read ({error}); remove it and tag again"
+                ) from None
+        return tags
 
     def tag(self, name: str, ref: str) -> str:
         """Move a tag to an artifact (atomic); return the id."""
@@ -223,10 +262,10 @@ class ArtifactStore:
 
     def untag(self, name: str) -> None:
         """Remove a tag; the artifact stays."""
-        tags = self.tags()
-        if name not in tags:
-            raise ArtifactNotFound(f"no tag {name!r}; {nearest(name, tags)}")
-        self.fs.rm(f"{self.root}/tags/{quote(name, safe='@')}.json")
+        path = f"{self.root}/tags/{quote(name, safe='@')}.json"
+        if not self.fs.exists(path):  # not asked of `tags`, which an unreadable one ends
+            raise ArtifactNotFound(f"no tag {name!r}; {nearest(name, self.tags())}")
+        self.fs.rm(path)
 
     # ---- trust and space
 
@@ -253,12 +292,16 @@ class ArtifactStore:
                 faults.append(Fault(artifact_id, file.path, f"{info['size']} bytes, manifest says {file.bytes}"))
             else:
                 with self.fs.open(f"{base}/{file.path}", "rb") as handle:
-                    if _sha256(handle) != file.sha256:
+                    if sha256(handle) != file.sha256:
                         faults.append(Fault(artifact_id, file.path, "content differs from its SHA-256"))
         faults += [Fault(artifact_id, path, "not in the manifest") for path in sorted(present)]
         for role, parent in manifest.inputs.items():
             recorded = manifest.input_digests.get(role)
-            if recorded and self.exists(parent) and self.manifest(parent).content_digest != recorded:
+            try:
+                changed = recorded and self.manifest(parent).content_digest != recorded
+            except (ArtifactNotFound, TamperedArtifact):
+                continue  # collected, or a fault of the parent's own
+            if changed:
                 faults.append(Fault(artifact_id, role, f"input {parent} was rebuilt since with a different content"))
         return faults
 
@@ -272,15 +315,17 @@ class ArtifactStore:
         return self.get(artifact_id)
 
     def gc(self, dry_run: bool = False) -> list[Manifest]:
-        """Delete artifacts that no tag reaches, and leftovers of killed runs; never an ancestor of a tagged one."""
-        manifests = {m.id: m for m in self.find()}
-        kept = ancestors(manifests, self.tags().values())
-        doomed = [m for i, m in manifests.items() if i not in kept]
-        if not dry_run:
-            for manifest in doomed:
-                self.fs.rm(self._path(manifest.id, MANIFEST))
-                self.fs.rm(self._path(manifest.id), recursive=True)
-            self._sweep()
+        """Delete artifacts that no tag reaches, and leftovers of killed runs; no ancestor of a tagged or held one."""
+        with collecting(self.work / "holds") as held:
+            manifests = {m.id: m for m in self.find(strict=True)}  # an unreadable one has ancestors that nobody knows
+            kept = ancestors(manifests, [*self.tags().values(), *held])
+            doomed = [m for i, m in manifests.items() if i not in kept]
+            if not dry_run:
+                for manifest in doomed:
+                    self.fs.rm(self._path(manifest.id, MANIFEST))
+                    self.fs.rm(self._path(manifest.id), recursive=True)
+                    shutil.rmtree(self._cache / manifest.id, ignore_errors=True)
+                self._sweep()
         return doomed
 
     def _sweep(self) -> None:
@@ -339,32 +384,6 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
         elif a != b or (key in left) != (key in right):
             found.append((prefix + key, a, b))
     return found
-
-
-def _move(source: Path, target: Path) -> None:
-    """Rename a folder, or copy it where that crosses file systems."""
-    try:
-        source.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        for path in sorted(p for p in source.rglob("*") if p.is_file()):  # copytree would hide the errno
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-
-
-def _entry(path: Path, base: Path) -> FileEntry:
-    with path.open("rb") as handle:
-        sha = _sha256(handle)
-    return FileEntry(path=path.relative_to(base).as_posix(), bytes=path.stat().st_size, sha256=sha)
-
-
-def _sha256(handle: Any) -> str:
-    sha = hashlib.sha256()
-    while chunk := handle.read(CHUNK):
-        sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _store_error(error: OSError, doing: str) -> StoreError:

@@ -8,15 +8,17 @@ Published (Hugging Face) names are model/exchange's business. The resumable stat
 in resume.py: it also holds the optimiser and never leaves the stage's scratch folder.
 """
 
+import errno
 import shutil
 from pathlib import Path
 
-from model.config import ModelConfig
-from model.transformer import Transformer
+from safetensors import SafetensorError
 from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_model as save_tensors
 
 from infra.errors import InputError
+from model.config import ModelConfig
+from model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
 CONFIG = "model.json"
@@ -31,7 +33,14 @@ def save_model(directory: Path | str, model: Transformer, tokenizer_dir: Path | 
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_tensors(model, str(directory / WEIGHTS))  # writes tied tensors once
+    try:
+        save_tensors(model, str(directory / WEIGHTS))  # writes tied tensors once
+    except SafetensorError as error:  # which names an operating system's error in its text alone
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if f"os error {number})" in str(error):
+                raise OSError(number, str(error), str(directory / WEIGHTS)) from error
+        raise
+    (directory / WEIGHTS).chmod(0o644)  # safetensors makes it its owner's alone
     (directory / CONFIG).write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if tokenizer_dir is not None:
         copy_tokenizer(tokenizer_dir, directory)

@@ -97,6 +97,19 @@ def full_disk_in_worker(config: EmptyConfig, inputs: Inputs, ctx: Context) -> di
     return {}
 
 
+class OutsideConfig(Config):
+    path: str
+
+
+@stage(version=1, makes="documents", reads=lambda config: {"file": Path(config.path).read_text()})
+def read_outside(config: OutsideConfig, inputs: Inputs, ctx: Context) -> dict[str, Any]:
+    """Read a file that its owner goes on writing once."""
+    (ctx.scratch / "state").write_text("of the file before")
+    (ctx.out / "copy.txt").write_text(Path(config.path).read_text())
+    Path(config.path).write_text("before, and more")
+    return {}
+
+
 class BytesConfig(Config):
     n: int
 

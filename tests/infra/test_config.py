@@ -64,6 +64,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("content", [b"workers = ", b"\xff"])
+def test_a_file_that_is_not_toml_is_a_config_error(folder: Path, content: bytes) -> None:
+    (folder / "fathom.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"fathom\.toml: "):
+        Settings.load()
+
+
 def test_a_variable_wins_over_the_file_and_the_file_over_the_default(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

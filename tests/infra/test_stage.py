@@ -22,6 +22,7 @@ from sample_stages import (
     full_disk_in_worker,
     gather,
     join,
+    read_outside,
     run_steps,
     steps,
     words,
@@ -29,7 +30,7 @@ from sample_stages import (
 
 from infra import provenance
 from infra.artifact import Artifact
-from infra.errors import ArtifactNotFound, ConfigError, StoreError, TamperedArtifact
+from infra.errors import ArtifactNotFound, ConfigError, InputError, StoreError, TamperedArtifact
 from infra.metrics import METRICS, Progress, read_metrics
 from infra.settings import Settings
 from infra.stage import Context, run
@@ -131,14 +132,16 @@ def test_inputs_are_tags_ids_or_prefixes_and_the_manifest_keeps_ids(store: Artif
     assert made.manifest.input_digests == {"left": store.manifest(left).content_digest}
 
 
-def test_optional_and_many_roles_reach_the_function_in_order(store: ArtifactStore, settings: Settings) -> None:
+def test_optional_and_many_roles_reach_the_function_in_the_order_of_their_names(
+    store: ArtifactStore, settings: Settings
+) -> None:
     left = run(words, WordsConfig(n=1, word="a"), {}, store, settings).artifact.id
     right = run(words, WordsConfig(n=1, word="b"), {}, store, settings).artifact.id
     one = run(join, JoinConfig(), {"left": left}, store, settings).artifact
     two = run(join, JoinConfig(separator="+"), {"left": left, "right": right}, store, settings).artifact
     both = run(gather, JoinConfig(), {"parts.two": two.id, "parts.one": one.id}, store, settings).artifact
     assert (one.summary["sides"], two.summary["sides"]) == (1, 2)
-    assert (both.path / "all.txt").read_text() == "a 0+b 0|a 0"
+    assert (both.path / "all.txt").read_text() == "a 0|a 0+b 0"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,38 @@ def test_a_stage_is_callable_by_itself_on_folders(tmp_path: Path) -> None:
 
 
 # ---- what goes wrong
+
+
+def test_what_changes_while_it_is_read_is_not_committed(
+    store: ArtifactStore, settings: Settings, tmp_path: Path
+) -> None:
+    config = sample_stages.OutsideConfig(path=str(tmp_path / "mine.txt"))
+    Path(config.path).write_text("before")
+    with pytest.raises(InputError, match="changed while it ran; nothing was committed"):
+        run(read_outside, config, {}, store, settings)
+    assert store.ids() == []
+    assert list((store.work / "scratch").iterdir()) == []
+    made = run(read_outside, config, {}, store, settings).artifact
+    assert made.manifest.external == {"file": "before, and more"}
+    assert store.verify(made.id) == []
+
+
+def test_gc_leaves_the_inputs_of_a_run_alone(
+    store: ArtifactStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = run(words, WordsConfig(n=1), {}, store, settings).artifact.id
+    lost = run(words, WordsConfig(n=2), {}, store, settings).artifact.id
+    collected: list[str] = []
+
+    def collect(progress: Progress) -> None:
+        collected.extend(m.id for m in store.gc())
+
+    one = run(join, JoinConfig(), {"left": left}, store, settings).artifact.id
+    with store.holding([one]):
+        assert [m.id for m in store.gc()] == [lost]
+    run(words, WordsConfig(n=1), {}, store, settings, force=True, on_progress=collect)
+    assert collected == [one]
+    assert [m.id for m in store.gc()] == [left]
 
 
 def test_a_stage_that_raises_leaves_no_artifact_and_no_draft(store: ArtifactStore, settings: Settings) -> None:

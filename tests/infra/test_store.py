@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from sample_stages import BytesConfig, blob, commit, race
 
 from infra.artifact import MANIFEST, recipe_id
 from infra.errors import ArtifactNotFound, ConfigError, StoreError, TamperedArtifact
+from infra.lineage import lineage
 from infra.settings import Settings
 from infra.stage import run
 from infra.store import ArtifactStore, differences
@@ -257,6 +259,37 @@ def test_differences_names_every_leaf() -> None:
     assert differences(left, right) == [("model.layers", 2, 3), ("only", None, None)]
 
 
+def test_a_folder_that_a_killed_gc_left_does_not_block_its_id(store: ArtifactStore, tmp_path: Path) -> None:
+    made = commit(store, tmp_path / "1", files={"a.txt": "text", "b.txt": "text"})
+    (made.path / MANIFEST).unlink()
+    (made.path / "b.txt").unlink()
+    again = commit(store, tmp_path / "2", files={"a.txt": "text", "b.txt": "text"})
+    assert store.verify(again.id) == []
+
+
+def test_one_unreadable_manifest_spoils_neither_the_listing_nor_its_children(
+    store: ArtifactStore, tmp_path: Path
+) -> None:
+    parent = commit(store, tmp_path / "1", "words")
+    child = commit(store, tmp_path / "2", "join", inputs={"left": parent.id}).id
+    (parent.path / MANIFEST).write_text("{")
+    assert [m.id for m in store.find()] == [child]
+    assert store.verify(child) == []
+    assert list(lineage(store, child).nodes) == [parent.id, child]
+    with pytest.raises(TamperedArtifact, match=parent.id):
+        store.gc()
+    assert store.ids() == sorted([parent.id, child])
+
+
+def test_an_unreadable_tag_is_named_and_can_be_removed(store: ArtifactStore, tmp_path: Path) -> None:
+    store.tag("base@latest", commit(store, tmp_path / "1").id)
+    (Path(store.root) / "tags" / "base@latest.json").write_text("{")
+    with pytest.raises(TamperedArtifact, match=r"tags/base@latest\.json cannot be read"):
+        store.tags()
+    store.untag("base@latest")
+    assert store.tags() == {}
+
+
 # ---- collection
 
 
@@ -309,3 +342,30 @@ def test_gc_empties_an_object_store_of_what_no_tag_reaches(any_store: ArtifactSt
     assert not any_store.fs.find(f"{any_store.root}/artifacts/{lost}")
     with pytest.raises(ArtifactNotFound):
         any_store.get(lost)
+
+
+def test_gc_keeps_what_is_held_until_the_holder_ends_or_is_killed(any_store: ArtifactStore, tmp_path: Path) -> None:
+    parent = commit(any_store, tmp_path / "1", "words").id
+    child = commit(any_store, tmp_path / "2", "join", inputs={"left": parent}).id
+    with any_store.holding([child]):
+        assert any_store.gc() == []
+    (any_store.work / "holds" / "killed.json").write_text(json.dumps([child]))
+    cached = any_store.work / "cache" / parent
+    assert cached.exists() != any_store.local
+    assert {m.id for m in any_store.gc()} == {parent, child}
+    assert not list((any_store.work / "holds").glob("*.json"))
+    assert not cached.exists()
+
+
+def test_a_draft_says_that_it_waits_for_another(store: ArtifactStore, caplog: pytest.LogCaptureFixture) -> None:
+    def wait() -> None:
+        with store.draft("steps/111111111111"):
+            pass
+
+    with store.draft("steps/111111111111"):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+    thread.join(10)
+    assert caplog.messages == ["waiting for another process that makes steps/111111111111"]
