@@ -94,13 +94,11 @@ def test_a_replacing_commit_takes_the_place_of_the_first(any_store: ArtifactStor
     assert any_store.verify(made.id) == []
 
 
-@pytest.mark.parametrize("scheme", ["", "dir::file://"])
-def test_of_two_processes_that_commit_one_id_the_first_wins_and_both_hold_its_files(
-    scheme: str, tmp_path: Path
-) -> None:
+def test_of_two_processes_that_commit_one_id_the_first_wins_and_both_hold_its_files(tmp_path: Path) -> None:
+    # On a folder alone: an object store creates the manifest whole, the folder that stands in for one here does not.
     spawn, rounds = multiprocessing.get_context("spawn"), 12
     barrier, results = spawn.Barrier(2), spawn.Queue()
-    url = f"{scheme}{tmp_path}/store"
+    url = f"{tmp_path}/store"
     writers = [
         spawn.Process(target=race, args=(url, f"{tmp_path}/work{w}", w, rounds, barrier, results)) for w in range(2)
     ]
