@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from model.generate import Generator
 
+from model.generate import Generator
 from model.transformer import Transformer
 from stages.rl.engines.base import Reply, Sampling
 
