@@ -1,4 +1,5 @@
-"""The post-training claims of the line over several seeds: one pre-trained base, everything after it drawn anew.
+"""The post-training claims of the line over several seeds: one base, one problem set, one pair of student
+bases; fine-tuning, GRPO, rejection sampling and distillation are seeded anew.
 
     .venv/bin/python benchmarks/training/seeds.py --seeds 0 1 2
 
