@@ -1,10 +1,12 @@
 """Tensor operations, each beside its plain-torch reference. Knows tensors, nothing else.
 
-`model/` takes every operation from here: this is the one place that decides what runs where. `reference` defines
-what is computed; today the same few implementations serve every device.
+`model/` takes every operation from here. `reference` defines what is computed; `dispatch` decides what computes it:
+Triton (`fused`) on CUDA, torch (`eager`) elsewhere.
 """
 
 from kernels.autograd import apply_rope, rms_norm, swiglu
+from kernels.dispatch import implementation
+from kernels.eager import join_master, split_master
 from kernels.grouped import Permutation, grouped_gemm, permutation, permute, permute_gates, unpermute
 from kernels.log_probs import linear_cross_entropy, linear_log_probs
 from kernels.reference import route
@@ -13,6 +15,8 @@ __all__ = [
     "Permutation",
     "apply_rope",
     "grouped_gemm",
+    "implementation",
+    "join_master",
     "linear_cross_entropy",
     "linear_log_probs",
     "permutation",
@@ -20,6 +24,7 @@ __all__ = [
     "permute_gates",
     "rms_norm",
     "route",
+    "split_master",
     "swiglu",
     "unpermute",
 ]

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dispatch import implementation
+
 TILES = (16, 32, 64, 128, 256)
 
 
@@ -80,22 +82,18 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_PD: Tensor):
-        return _gather_sum(grad_PD, *ctx.saved_tensors, ctx.n_tokens), None, None
+        return implementation(grad_PD).gather_sum(grad_PD, *ctx.saved_tensors, ctx.n_tokens), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_PD: Tensor, source_P: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:
         ctx.save_for_backward(source_P)
-        return _gather_sum(y_PD, row_R, n_tokens)
+        return implementation(y_PD).gather_sum(y_PD, row_R, n_tokens)
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor):
         return grad_ND.index_select(0, *ctx.saved_tensors), None, None, None
-
-
-def _gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:
-    return y_PD.index_select(0, row_R).view(n_tokens, -1, y_PD.shape[-1]).sum(1)
 
 
 def permute(x_ND: Tensor, order: Permutation) -> Tensor:

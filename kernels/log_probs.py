@@ -9,21 +9,25 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 4 << 20  # fp32 logits of one chunk: small enough to stay in cache on a CPU core
+from kernels.dispatch import implementation
+
+# Logits of one chunk. On a CPU core they stay in cache; on a GPU the chunks must be few, for each of them reads and
+# writes the whole fp32 gradient of the head.
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 1600 << 20}
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-        chunk = _chunk_rows(weight_VD)
         logsumexp_N = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
         chosen_N = torch.empty_like(logsumexp_N)
-        for start in range(0, x_ND.shape[0], chunk):
-            part = slice(start, start + chunk)
+        for part in _chunks(x_ND, weight_VD, torch.float32):
             logits_nV = F.linear(x_ND[part], weight_VD).float().div_(temperature)
             logsumexp_N[part] = logits_nV.logsumexp(-1)
             chosen_N[part] = logits_nV.gather(1, targets_N[part, None]).squeeze(1)
@@ -34,42 +38,37 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N: Tensor):
         x_ND, weight_VD, targets_N, logsumexp_N = ctx.saved_tensors
-        chunk = _chunk_rows(weight_VD)
         scale_N1 = (grad_N.float() / ctx.temperature).unsqueeze(1)
         gradients = _Gradients(x_ND, weight_VD)
-        for start in range(0, x_ND.shape[0], chunk):
-            part = slice(start, start + chunk)
+        for part in _chunks(x_ND, weight_VD, torch.float32):
             logits_nV = F.linear(x_ND[part], weight_VD).float().div_(ctx.temperature)
             # d log p(target) / d logits = onehot(target) − softmax(logits)
             grad_nV = logits_nV.sub_(logsumexp_N[part, None]).exp_().mul_(-scale_N1[part])
             grad_nV.scatter_add_(1, targets_N[part, None], scale_N1[part])
-            gradients.add(part, grad_nV)
+            gradients.add(part, grad_nV.to(x_ND.dtype))
         return gradients.x_ND, gradients.weight_VD.to(weight_VD.dtype), None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        chunk = _chunk_rows(weight_VD)
-        minus_one_n1 = torch.full((chunk, 1), -1.0, device=x_ND.device)
-        gradients = _Gradients(x_ND, weight_VD)
+        gradients = _Gradients(x_ND, weight_VD) if any(ctx.needs_input_grad) else None
         total = torch.zeros((), device=x_ND.device)
-        for start in range(0, x_ND.shape[0], chunk):
-            part = slice(start, start + chunk)
-            logits_nV = F.linear(x_ND[part], weight_VD).float()
-            chosen_n1 = targets_N[part, None]
-            logsumexp_n1 = logits_nV.logsumexp(-1, keepdim=True)
-            total += (logsumexp_n1 - logits_nV.gather(1, chosen_n1)).sum()
-            grad_nV = logits_nV.sub_(logsumexp_n1).exp_()
-            grad_nV.scatter_add_(1, chosen_n1, minus_one_n1[: len(chosen_n1)])
-            gradients.add(part, grad_nV)
-        ctx.save_for_backward(gradients.x_ND, gradients.weight_VD)
+        for part in _chunks(x_ND, weight_VD, x_ND.dtype):
+            logits_nV = F.linear(x_ND[part], weight_VD)
+            loss_n, grad_nV = implementation(x_ND).cross_entropy_gradient(logits_nV, targets_N[part])
+            total += loss_n.sum()
+            if gradients is not None:
+                gradients.add(part, grad_nV)
+        if gradients is not None:
+            ctx.save_for_backward(gradients.x_ND, gradients.weight_VD)
+            ctx.dtype = weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_x_ND, grad_weight_VD = ctx.saved_tensors
-        return grad_x_ND * grad, grad_weight_VD * grad, None
+        return grad_x_ND * grad.to(grad_x_ND.dtype), torch.mul(grad_weight_VD, grad).to(ctx.dtype), None
 
 
 class _Gradients:
@@ -81,13 +80,21 @@ class _Gradients:
         self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
 
     def add(self, part: slice, grad_nV: Tensor) -> None:
-        grad_nV = grad_nV.to(self._x_ND.dtype)
-        self.x_ND[part] = grad_nV @ self._weight_VD
-        self.weight_VD += grad_nV.T @ self._x_ND[part]
+        torch.mm(grad_nV, self._weight_VD, out=self.x_ND[part])
+        x_nD = self._x_ND[part]
+        if x_nD.dtype != torch.float32 and x_nD.is_cuda:
+            torch.addmm(self.weight_VD, grad_nV.T, x_nD, out_dtype=torch.float32, out=self.weight_VD)
+        else:
+            self.weight_VD += grad_nV.T @ x_nD
 
 
-def _chunk_rows(weight_VD: Tensor) -> int:
-    return max(16, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+def _chunks(x_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Even slices of the rows whose logits in `dtype` keep to CHUNK_BYTES."""
+    n_rows, n_bytes = len(x_ND), CHUNK_BYTES[x_ND.device.type]
+    most = max(16, n_bytes // (dtype.itemsize * weight_VD.shape[0]))
+    count = -(-n_rows // most)
+    size = -(-n_rows // max(count, 1))
+    return (slice(start, start + size) for start in range(0, n_rows, max(size, 1)))
 
 
 def linear_log_probs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:
@@ -96,5 +103,5 @@ def linear_log_probs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, tempera
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """−Σ over rows of log softmax(x @ Wᵀ)[target], fp32 scalar. Only for training: gradients are made at once."""
+    """−Σ over rows of log softmax(x @ Wᵀ)[target], fp32 scalar. Gradients, where they are wanted, are made at once."""
     return _LinearCrossEntropy.apply(x_ND, weight_VD.to(x_ND.dtype), targets_N)

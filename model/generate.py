@@ -78,7 +78,7 @@ class _Batch:
         self.width = max(len(prompt) for prompt in prompts)
         self.blocks: list[Block] = list(model.blocks)
         device, n_slots = model.embedding.weight.device, self.width + max_new_tokens
-        dtype = model.compute_dtype or model.embedding.weight.dtype
+        dtype = model.embedding.weight.dtype
         self.cache = [block.attention.cache(len(prompts), n_slots).to(dtype) for block in self.blocks]
         self.first_B = torch.tensor([self.width - len(prompt) for prompt in prompts], device=device)
         padded = [[0] * (self.width - len(prompt)) + list(prompt) for prompt in prompts]
@@ -117,7 +117,7 @@ class _Batch:
 
     def _prefill(self) -> Tensor:
         """Fill the cache with the prompts; returns the last states [B, D]."""
-        x_BTD = self.model.embed(self.prompts_BT)
+        x_BTD = self.model.embedding(self.prompts_BT)
         positions_T = torch.arange(self.width, device=x_BTD.device)
         rope = rotation(self.model.config, (positions_T - self.first_B[:, None]).clamp_min(0), x_BTD.dtype)
         visible_BT = self.mask_BS[:, : self.width] == 0
@@ -134,7 +134,7 @@ class _Batch:
 
     def _decode(self, tokens_B: Tensor, slot: int) -> Tensor:
         """Run one token per row, kept in `slot`; returns the states [B, D]."""
-        x_BD = self.model.embed(tokens_B)
+        x_BD = self.model.embedding(tokens_B)
         rope = rotation(self.model.config, (slot - self.first_B)[:, None], x_BD.dtype)
         mask_BS = self.mask_BS[:, : slot + 1]
         for block, cache in zip(self.blocks, self.cache, strict=True):

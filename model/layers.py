@@ -1,5 +1,4 @@
-"""The small layers. Parameters may be wider than the arithmetic: every layer casts its weights to its input's dtype,
-so fp32 master weights train in bf16 when the embedding's output is cast (`Transformer.compute_dtype`)."""
+"""The small layers."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ import kernels
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ (+ b), in x's dtype; W [out, in]."""
+    """y = x Wᵀ (+ b); W [out, in]."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
         super().__init__()
@@ -19,11 +18,11 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (1910.07467) over the last dimension."""
+    """Root-mean-square normalisation (1910.07467) over the last dimension; statistics and gain in fp32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -38,8 +38,8 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, gates_NK: Tensor, order: kernels.Permutation) -> Tensor:
         x_PD = kernels.permute(x_ND, order)
         gates_P = kernels.permute_gates(gates_NK, order)
-        h_PF = kernels.swiglu(kernels.grouped_gemm(x_PD, self.gate_up.to(x_ND.dtype), order), gates_P)
-        return kernels.unpermute(kernels.grouped_gemm(h_PF, self.down.to(x_ND.dtype), order), order, len(x_ND))
+        h_PF = kernels.swiglu(kernels.grouped_gemm(x_PD, self.gate_up, order), gates_P)
+        return kernels.unpermute(kernels.grouped_gemm(h_PF, self.down, order), order, len(x_ND))
 
 
 class MoE(nn.Module):

@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.moe import Balance, MoE
 from model.rope import Rotation, rotation
+from model.router import Router
 
 
 class Block(nn.Module):
@@ -104,14 +105,13 @@ class Output:
 class Transformer(nn.Module):
     """A decoder-only language model of the given config, freshly initialised (weights fp32, N(0, init_std)).
 
-    `compute_dtype` is the dtype of activations and of matrix products; None means that of the weights. With fp32
-    weights and torch.bfloat16 here, training keeps fp32 masters and multiplies in bf16.
+    Activations and matrix products take the dtype of the embedding. Training in bf16 rounds `low_precision_weights`;
+    norms and gates stay fp32, as in DeepSeek-V3 (section 3.3.1).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype: torch.dtype | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layers)])
         self.norm = RMSNorm(config.d_model, config.norm_eps)
@@ -135,9 +135,11 @@ class Transformer(nn.Module):
         """The head's matrix [V, D]: the embedding's when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens in the compute dtype."""
-        return self.embedding(tokens).to(self.compute_dtype or self.embedding.weight.dtype)
+    def low_precision_weights(self) -> list[nn.Parameter]:
+        """Embedding, head, and every weight of a linear layer or an expert: all but norms and gates."""
+        kept = [module for module in self.modules() if isinstance(module, RMSNorm | Router)]
+        exact = {parameter for module in kept for parameter in module.parameters()}
+        return [parameter for parameter in self.parameters() if parameter not in exact]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [..., V] of states behind the final norm."""
@@ -153,7 +155,7 @@ class Transformer(nn.Module):
         """
         assert tokens_BT.ndim == 2, tokens_BT.shape
         length = tokens_BT.shape[1]
-        embedded_BTD = self.embed(tokens_BT)
+        embedded_BTD = self.embedding(tokens_BT)
         positions = torch.arange(length, device=tokens_BT.device) if positions_BT is None else positions_BT
         rope = rotation(self.config, positions, embedded_BTD.dtype)
         mask_BTT = None if document_BT is None else document_mask(document_BT)

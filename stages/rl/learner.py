@@ -37,7 +37,7 @@ from stages.rl.rollout import Rollout, explore, forward_flops, write_rollouts
 from stages.rl.tally import Tally
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_model, save_model
-from stages.training.distributed import GradientBucket, Ranks, process_group
+from stages.training.distributed import GradientBucket, Ranks, clip_factor, process_group
 from stages.training.resume import ResumeStore
 from stages.training.trainer import TrainingDiverged
 
@@ -216,13 +216,13 @@ class Learner:
                 tally.add(loss=loss.item(), kl=metrics.kl, clipped=metrics.clipped, loss_tokens=metrics.tokens)
                 tally.peak(max_ratio=metrics.max_ratio)
             self.bucket.reduce(self.ranks)
-            norm = self.bucket.clip(config.max_gradient_norm)
+            norm = self.bucket.norm()
             if not math.isfinite(norm):
                 raise TrainingDiverged(
                     f"step {number + 1}: gradient norm {norm}; lower learning_rate or max_gradient_norm"
                 )
             if norm > 0:  # no contrast on any rank: nothing to learn, and momentum alone shall not move the weights
-                self.optimizer.step()
+                self.optimizer.step(clip_factor(norm, config.max_gradient_norm))
             tally.peak(gradient_norm=norm)
 
     def step_flops(self, explored: list[Rollout], learned: list[Rollout]) -> float:

@@ -1,7 +1,7 @@
 """Data parallelism in its plainest form: every rank holds the model, one flat buffer holds all gradients.
 
 The gradients of all parameters are views of one fp32 buffer, with a short tail for the step's statistics (loss sums,
-expert loads). A step therefore costs one all-reduce, one norm, one scaling and one fill, however many tensors.
+expert loads). A step therefore costs one all-reduce, one norm and one fill, however many tensors.
 At tiny sizes on CPU, two ranks of one thread train faster than one rank of two threads.
 """
 
@@ -52,20 +52,26 @@ def process_group() -> Iterator[Ranks]:
 
 
 class GradientBucket:
-    """All gradients of a model, fp32, in one buffer, followed by `n_statistics` numbers that are summed with them."""
+    """The gradients of a step, and `n_statistics` numbers that are summed with them, in one fp32 buffer.
 
-    def __init__(self, parameters: Sequence[nn.Parameter], n_statistics: int = 0) -> None:
-        self._size = sum(parameter.numel() for parameter in parameters)
+    A bf16 weight's gradient comes in bf16. With `sums` (several micro-batches or ranks make a step) `collect` adds it
+    to the buffer, as the weight's `main_grad`; else it stays where autograd left it and is never copied.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], n_statistics: int = 0, sums: bool = True) -> None:
+        self._low = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
+        self._sums = sums
+        held = [p for p in parameters if sums or p.dtype != torch.bfloat16]
+        self._size = sum(parameter.numel() for parameter in held)
         self._flat = torch.zeros(self._size + n_statistics, device=parameters[0].device)
         offset = 0
-        for parameter in parameters:
-            assert parameter.dtype == torch.float32, f"master weights are fp32, got {parameter.dtype}"
-            parameter.grad = self._flat[offset : offset + parameter.numel()].view_as(parameter)
+        for parameter in held:
+            view = self._flat[offset : offset + parameter.numel()].view_as(parameter)
+            if parameter.dtype == torch.bfloat16:
+                parameter.main_grad = view
+            else:
+                parameter.grad = view
             offset += parameter.numel()
-
-    @property
-    def gradients(self) -> Tensor:
-        return self._flat[: self._size]
 
     @property
     def statistics(self) -> Tensor:
@@ -73,14 +79,31 @@ class GradientBucket:
 
     def zero(self) -> None:
         self._flat.zero_()
+        for parameter in self._low:
+            parameter.grad = None
+
+    def collect(self) -> None:
+        """After each backward pass."""
+        if self._sums:
+            for parameter in self._low:
+                if parameter.grad is not None:
+                    parameter.main_grad += parameter.grad
+                    parameter.grad = None
 
     def reduce(self, ranks: Ranks) -> None:
         """Sum gradients and statistics over ranks. Losses must already be divided by the whole step's counts."""
+        assert self._sums or ranks.world == 1, "several ranks need sums"
         ranks.all_reduce(self._flat)
 
-    def clip(self, max_norm: float) -> float:
-        """Scale the gradients so that their joint L2 norm is at most `max_norm`; the norm before that."""
-        norm = float(torch.linalg.vector_norm(self.gradients))
-        if norm > max_norm:
-            self.gradients.mul_(max_norm / norm)
-        return norm
+    def norm(self) -> float:
+        """The joint L2 norm of the gradients."""
+        norms = [torch.linalg.vector_norm(self._flat[: self._size])]
+        if not self._sums:
+            gradients = [parameter.grad for parameter in self._low if parameter.grad is not None]
+            norms += torch._foreach_norm(gradients, dtype=torch.float32)
+        return float(torch.linalg.vector_norm(torch.stack(norms))) if len(norms) > 1 else float(norms[0])
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of that joint norm are multiplied by so that it is at most `max_norm`."""
+    return max_norm / norm if norm > max_norm else 1.0

@@ -25,8 +25,9 @@ class Optimization(Config):
     balance_alpha: float = Field(1e-4, title="Balance α", description="Weight of the sequence-wise loss.", ge=0)
     bias_update_speed: float = Field(1e-3, title="Bias update speed γ", description="0 after 14.3T of 14.8T.", ge=0)
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", title="Precision", description="Of activations and products; weights stay fp32."
+        "fp32", title="Precision", description="Of activations and products; bf16 weights keep fp32 masters."
     )
+    moments: Literal["fp32", "bf16"] = Field("fp32", title="Moments", description="Of AdamW; V3 keeps them in bf16.")
     micro_batch_size: int = Field(16, title="Micro-batch", description="Most rows of one forward pass of a rank.", ge=1)
     seed: int = Field(0, title="Seed", description="Initial weights and data order.", ge=0)
 

@@ -37,7 +37,7 @@ def cross_entropy_sum(hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, m
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
     else:
         hidden_ND, targets_N = hidden_BTD[mask_BT], targets_BT[mask_BT]
-    return -kernels.linear_log_probs(hidden_ND, head_VD, targets_N).sum()
+    return kernels.linear_cross_entropy(hidden_ND, head_VD, targets_N)
 
 
 def total_loss(main: Tensor, mtp: list[Tensor], balance: Tensor, mtp_lambda: float, balance_alpha: float) -> Tensor:

@@ -27,7 +27,7 @@ from model.transformer import Transformer
 from stages.training import schedules
 from stages.training.checkpoint import load_weights, save_model
 from stages.training.data import Batch
-from stages.training.distributed import GradientBucket, Ranks, process_group
+from stages.training.distributed import GradientBucket, Ranks, clip_factor, process_group
 from stages.training.job import Progress, TrainJob, TrainResult
 from stages.training.losses import cross_entropy_sum, target_mask, total_loss
 from stages.training.resume import ResumeStore
@@ -47,6 +47,7 @@ def train(job: TrainJob, report: Report) -> TrainResult:
     with process_group() as ranks:
         trainer = Trainer(job, ranks)
         trainer.run(report)
+        trainer.optimizer.join()
         if ranks.rank == 0:
             save_model(job.out, trainer.model, job.tokenizer)
         ranks.barrier()
@@ -65,9 +66,13 @@ class Trainer:
         self.model = Transformer(job.model).to(ranks.device)
         if job.initial is not None:
             load_weights(self.model, job.initial)
-        self.model.compute_dtype = torch.bfloat16 if options.precision == "bf16" else None
         self.optimizer = build_optimizer(
-            self.model, options.learning_rate.peak, options.weight_decay, (options.beta1, options.beta2)
+            self.model,
+            options.learning_rate.peak,
+            options.weight_decay,
+            (options.beta1, options.beta2),
+            moment_dtype=torch.bfloat16 if options.moments == "bf16" else torch.float32,
+            split=self.model.low_precision_weights() if options.precision == "bf16" else (),
         )
         rows = job.unit // ranks.world
         micro_rows = max(size for size in range(1, options.micro_batch_size + 1) if rows % size == 0)
@@ -78,7 +83,11 @@ class Trainer:
         self.sets = validation_sets(job.validation) if job.validation else []
         self.load_shape = (job.model.n_moe_layers, job.model.n_routed_experts)
         self.loads_LE = torch.zeros(self.load_shape, device=ranks.device)  # since the last validation
-        self.bucket = GradientBucket(list(self.model.parameters()), n_statistics=3 + self.loads_LE.numel())
+        self.bucket = GradientBucket(
+            list(self.model.parameters()),
+            n_statistics=3 + self.loads_LE.numel(),
+            sums=ranks.world > 1 or max(self.batch_sizes) > self.micro_batch,
+        )
         self.progress = Progress()
         self.store = ResumeStore(job.scratch)
         if (state := self.store.load()) is not None:
@@ -117,11 +126,11 @@ class Trainer:
         for batch in batches:
             self._backward(batch, counts, len(batch.tokens_BT) / sequences, mtp_lambda)
         bucket.reduce(self.ranks)
-        norm = bucket.clip(options.gradient_clip)
+        norm = bucket.norm()
         main, mtp, balance = bucket.statistics[:3].tolist()
         loads_LE = bucket.statistics[3:].view(self.load_shape)
         if math.isfinite(norm) and math.isfinite(main):
-            self._update(rate, loads_LE if share < schedules.V3_BIAS_UNTIL else None)
+            self._update(rate, norm, loads_LE if share < schedules.V3_BIAS_UNTIL else None)
         else:
             self._skip(main, norm, rate)
         self.loads_LE += loads_LE
@@ -175,15 +184,16 @@ class Trainer:
         balance = out.balance_loss * share
         total_loss(losses[0], losses[1:], balance, mtp_lambda, self.job.optimization.balance_alpha).backward()
         mtp = torch.stack(losses[1:]).mean() if len(losses) > 1 else torch.zeros_like(balance)
+        self.bucket.collect()
         self.bucket.statistics[:3] += torch.stack([losses[0], mtp, balance]).detach()
         if out.load_LE is not None:
             self.bucket.statistics[3:] += out.load_LE.flatten()
 
-    def _update(self, rate: float, loads_LE: Tensor | None) -> None:
-        """AdamW at `rate`, then the routing biases by the step's loads (None once they are frozen)."""
+    def _update(self, rate: float, norm: float, loads_LE: Tensor | None) -> None:
+        """AdamW at `rate` on clipped gradients, then the routing biases by the step's loads (None: they are frozen)."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(clip_factor(norm, self.job.optimization.gradient_clip))
         gamma = self.job.optimization.bias_update_speed
         if gamma and loads_LE is not None and loads_LE.numel():
             update_routing_bias(self.model, loads_LE, gamma)

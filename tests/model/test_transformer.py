@@ -121,19 +121,30 @@ def test_log_probs_equal_those_of_the_logits_for_every_depth():
     torch.testing.assert_close(out.log_probs(tokens[:, 2:], depth=1), expected)
 
 
-def test_bf16_compute_keeps_fp32_weights_and_stays_near_fp32():
+def test_gradients_of_bf16_weights_stay_near_fp32_and_norms_and_gates_stay_fp32():
     torch.manual_seed(0)
     model = Transformer(TINY)
     tokens = torch.randint(128, (4, 33))
     gradients = []
-    for dtype in (None, torch.bfloat16):
-        model.compute_dtype = dtype
+    for dtype in (torch.float32, torch.bfloat16):
+        for weight in model.low_precision_weights():
+            weight.data = weight.data.to(dtype)
         model.zero_grad()
         loss = -model(tokens[:, :-1]).log_probs(tokens[:, 1:]).mean()
         loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    assert gradients[1].dtype == torch.float32
+        gradients.append(torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None]))
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.99
+    exact = {name.rsplit(".", 2)[-2] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert exact == {
+        "router",
+        "norm",
+        "attention_norm",
+        "ffn_norm",
+        "kv_norm",
+        "q_norm",
+        "embedding_norm",
+        "hidden_norm",
+    }
 
 
 def test_load_counts_every_routed_token_of_every_layer():

@@ -18,7 +18,7 @@ from infra.errors import ConfigError
 from model.router import Router
 from stages.training.checkpoint import load_model
 from stages.training.data import TokenWindows
-from stages.training.distributed import GradientBucket, process_group
+from stages.training.distributed import GradientBucket, clip_factor, process_group
 from stages.training.schedules import BatchRamp
 from stages.training.trainer import Trainer, TrainingDiverged, max_violation, train
 from stages.training.validation import Validation, bits_per_byte
@@ -231,20 +231,21 @@ def test_bf16_keeps_fp32_weights_and_stays_near_fp32(make_job, micro_v3):
     torch.testing.assert_close(losses_of(bf16), losses_of(fp32), rtol=0.01, atol=0)
 
 
-def test_the_bucket_clips_the_joint_norm():
-    parameters = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2))]
-    bucket = GradientBucket(parameters, n_statistics=1)
-    parameters[0].grad.fill_(3.0)
-    parameters[1].grad.fill_(-2.0)
+@pytest.mark.parametrize("sums", [True, False])
+def test_the_bucket_knows_the_joint_norm_of_gradients_of_both_precisions(sums):
+    exact, low = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))
+    bucket = GradientBucket([exact, low], n_statistics=1, sums=sums)
+    for _ in range(2):  # what is zeroed is gone
+        bucket.zero()
+        for _ in range(2 if sums else 1):
+            (exact.sum() * 3 - low.sum() * 2).backward()
+            bucket.collect()
     bucket.statistics.fill_(100.0)
-    reference = [torch.nn.Parameter(torch.zeros_like(p)) for p in parameters]
-    for mine, theirs in zip(parameters, reference, strict=True):
-        theirs.grad = mine.grad.clone()
-    norm = torch.nn.utils.clip_grad_norm_(reference, 1.0)
-    assert bucket.clip(1.0) == pytest.approx(float(norm))
-    for mine, theirs in zip(parameters, reference, strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)
-    assert bucket.statistics.item() == 100
+    times = 2 if sums else 1
+    assert bucket.norm() == pytest.approx(times * math.sqrt(3 * 9 + 4 * 4))
+    assert (low.main_grad.tolist() if sums else low.grad.tolist()) == [[-2.0 * times] * 2] * 2
+    assert clip_factor(bucket.norm(), 1.0) == pytest.approx(1 / bucket.norm())
+    assert clip_factor(0.5, 1.0) == 1.0
 
 
 def test_a_sequence_longer_than_the_corpus_is_refused(make_job, micro_llama, tokens_dir):

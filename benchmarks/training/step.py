@@ -1,0 +1,203 @@
+"""Tokens a second of one training step on one GPU, at DeepSeek-V2-Lite's layer shapes: one dense layer and four with
+64 + 2 experts, 4 × 4096 tokens, against torchtitan and transformers in the same run.
+
+    python benchmarks/training/step.py --titan DIR_OF_THE_UNPACKED_WHEEL [--profile]
+
+Ours is `Trainer.step` itself: loss, gradients, norm and clipping, AdamW with fp32 masters and bf16 moments, metrics.
+The peers do less: forward, backward, torch's fused AdamW on bf16 weights and bf16 moments, no clipping. Every case runs
+in a process of its own, ours first and last. Writes results/train_step.json beside this file, or into --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra import provenance
+from model.config import ModelConfig
+from model.presets import preset
+
+BATCH, LENGTH = 4, 4096
+WARM_UP, STEPS = 5, 12
+CASES = ("ours", "torchtitan", "transformers_compiled", "transformers", "ours_again")
+
+
+def shapes() -> ModelConfig:
+    return preset("v2_lite").replace(n_layers=5, max_position=LENGTH, rope_factor=1.0, original_max_position=None)
+
+
+@dataclass(frozen=True)
+class RandomTokens:
+    """Uniform tokens: as hard as tokens get, and the same for every candidate."""
+
+    sequence_length: int
+    vocab_size: int
+
+    def open(self, micro_batch: int, seed: int, rank: int, world: int) -> RandomTokens:
+        assert (micro_batch, world) == (BATCH, 1)
+        return self
+
+    def batch(self, index: int) -> Any:
+        from stages.training.data import Batch
+
+        generator = torch.Generator().manual_seed(index)
+        return Batch(torch.randint(self.vocab_size, (BATCH, self.sequence_length + 1), generator=generator))
+
+
+def our_step(folder: str) -> Any:
+    from stages.training.distributed import process_group
+    from stages.training.job import Optimization, TrainJob
+    from stages.training.trainer import Trainer
+
+    options = Optimization(
+        learning_rate={"schedule": "constant", "peak": 1e-4},
+        precision="bf16",
+        moments="bf16",
+        micro_batch_size=BATCH,
+        bias_update_speed=0.0,
+    )
+    data = RandomTokens(LENGTH, shapes().vocab_size)
+    job = TrainJob(shapes(), options, data, steps=10**6, batch_size=BATCH, out=folder, scratch=folder)
+    group = process_group()
+    trainer = Trainer(job, group.__enter__())
+    return lambda: trainer.step()["loss"]
+
+
+def peer_step(name: str, titan: str) -> Any:
+    import peers
+
+    torch.manual_seed(0)
+    build = {
+        "torchtitan": lambda: peers.torchtitan(shapes(), titan),
+        "transformers": lambda: peers.transformers(shapes(), compiled=False),
+        "transformers_compiled": lambda: peers.transformers(shapes(), compiled=True),
+    }
+    parameters, loss_of = build[name]()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    tokens_BT = torch.randint(shapes().vocab_size, (BATCH, LENGTH + 1), device="cuda")
+
+    def step() -> float:
+        loss = loss_of(tokens_BT)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def measure(case: str, titan: str, profile: Path | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        step = our_step(folder) if case.startswith("ours") else peer_step(case, titan)
+        seconds = []
+        for number in range(WARM_UP + STEPS):
+            torch.cuda.synchronize()
+            if number == WARM_UP:
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            loss = step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        if profile:
+            write_profile(step, profile)
+    timed = seconds[WARM_UP:]
+    return {
+        "case": case,
+        "tokens_per_second": BATCH * LENGTH / statistics.median(timed),
+        "step_ms": 1e3 * statistics.median(timed),
+        "slowest_ms": 1e3 * max(timed),
+        "fastest_ms": 1e3 * min(timed),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "loss": loss,
+    }
+
+
+def write_profile(step: Any, path: Path, steps: int = 3) -> None:
+    """GPU time of every kernel over some steps, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    rows = [
+        {"kernel": event.key[:160], "ms": event.self_device_time_total / 1e3 / steps, "calls": event.count / steps}
+        for event in profiler.key_averages()
+    ]
+    rows.sort(key=lambda row: -row["ms"])
+    path.write_text(json.dumps(rows, indent=1))
+    for row in rows[:45]:
+        print(f"{row['ms']:8.3f} ms {row['calls']:6.1f} x  {row['kernel'][:110]}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--titan", default="titan", help="folder of the unpacked torchtitan 0.2.2 wheel")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--profile", action="store_true", help="also write train_profile.json")
+    parser.add_argument("--commit", default=provenance.git_state()[0], help="of the tree, where it is no checkout")
+    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    profile = arguments.out / "train_profile.json" if arguments.profile else None
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments.titan, profile if arguments.one == "ours" else None)))
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, Any]] = {}
+    for case in arguments.cases:
+        command = [sys.executable, __file__, "--one", case, "--titan", arguments.titan, "--out", str(arguments.out)]
+        done = subprocess.run([*command, *(["--profile"] if profile else [])], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{case} failed", file=sys.stderr)
+            continue
+        found[case] = json.loads(done.stdout.splitlines()[-1])
+        print({key: round(v, 2) if isinstance(v, float) else v for key, v in found[case].items()}, file=sys.stderr)
+    if "ours" in found:
+        write_result(found, arguments.out / "train_step.json", arguments.commit)
+
+
+def write_result(found: dict[str, dict[str, Any]], path: Path, commit: str | None) -> None:
+    peers_found = {name: row for name, row in found.items() if not name.startswith("ours")}
+    # The slower of our two runs: the first and the last of the session.
+    ours = min(
+        (row for name, row in found.items() if name.startswith("ours")), key=lambda row: row["tokens_per_second"]
+    )
+    case = "train_step v2_lite 1+4 layers, 4x4096 tokens"
+    rows = [
+        {
+            "case": case,
+            "metric": "tokens_per_second",
+            "ours": ours["tokens_per_second"],
+            "anchors": {name: row["tokens_per_second"] for name, row in peers_found.items()},
+        },
+        {
+            "case": case,
+            "metric": "1 / peak GiB",
+            "ours": 1 / ours["peak_gib"],
+            "anchors": {name: 1 / row["peak_gib"] for name, row in peers_found.items()},
+        },
+    ]
+    result = {
+        "device": provenance.device_name(),
+        "versions": provenance.package_versions(),
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/training/step.py", *sys.argv[1:]]),
+        "rows": rows,
+        "runs": list(found.values()),
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The operations' forward and backward passes written out in torch, for every device that has no kernel of ours.
+
+Tape autograd through `kernels.reference` keeps every intermediate and walks memory once per elementary step, which on
+a CPU costs more than the matrix products of a small model. Here are fewer passes, and nothing is saved twice.
+Letters as in `kernels.reference`, and P routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normalised rows in x's dtype, and the reciprocal root mean square of each, fp32 [..., 1]."""
+    x32 = x.float()
+    rstd = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+    return (x32 * rstd).mul_(weight_D).to(x.dtype), rstd
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x (its dtype) and of the gain (fp32)."""
+    width = x.shape[-1]
+    normal = x.float() * rstd
+    grad = grad.float()
+    # dx = (g·w − n·mean(g·w·n)) / rms and dw = Σ g·n share the product g·n.
+    product = grad * normal
+    grad_weight_D = product.reshape(-1, width).sum(0)
+    mean = (product @ weight_D.float()).unsqueeze(-1) / width
+    grad_x = (grad * weight_D).addcmul_(normal, mean, value=-1).mul_(rstd)
+    return grad_x.to(x.dtype), grad_weight_D
+
+
+def swiglu(gate_up: Tensor, scale_N: Tensor | None) -> Tensor:
+    """silu(gate) · up (· scale of the row), where the last dimension holds [gate, up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    y = F.silu(gate).mul_(up)
+    return y if scale_N is None else y.mul_(scale_N.to(y.dtype).unsqueeze(-1))
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor, scale_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of [gate, up] and of the scales, from the input alone."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    grad_scale_N = None
+    if scale_N is not None:
+        grad_scale_N = (silu * up).mul_(grad).sum(-1, dtype=torch.float32).to(scale_N.dtype)
+        grad = grad * scale_N.to(grad.dtype).unsqueeze(-1)
+    out = torch.empty_like(gate_up)
+    grad_gate, grad_up = out.chunk(2, dim=-1)
+    torch.mul(grad, silu, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return out, grad_scale_N
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    """x with its last R dims turned by the angles, or back by them."""
+    sin = -sin if inverse else sin
+    y = x.clone()
+    half = cos.shape[-1]
+    a, b = x[..., -2 * half : -half], x[..., -half:]
+    y[..., -2 * half : -half].mul_(cos).addcmul_(b, sin, value=-1)
+    y[..., -half:].mul_(cos).addcmul_(a, sin)
+    return y
+
+
+def gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:
+    """Σ over a token's K rows; `row_R` names them, token by token. Returns [N, D]."""
+    return y_PD.index_select(0, row_R).view(n_tokens, -1, y_PD.shape[-1]).sum(1)
+
+
+def cross_entropy_gradient(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+    """−log softmax(logits)[target] of each row, fp32, and its gradient in the logits, in their dtype. Uses them up."""
+    logits32_nV = logits_nV.float()
+    logsumexp_n1 = logits32_nV.logsumexp(-1, keepdim=True)
+    loss_n = (logsumexp_n1 - logits32_nV.gather(1, targets_n[:, None])).squeeze(1)
+    grad_nV = logits32_nV.sub_(logsumexp_n1).exp_()
+    grad_nV.scatter_add_(1, targets_n[:, None], grad_nV.new_full((len(targets_n), 1), -1.0))
+    return loss_n, grad_nV.to(logits_nV.dtype)
+
+
+def adamw_step(
+    weight: Tensor,
+    low: Tensor | None,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    rate: float,
+    decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    step: int,
+) -> None:
+    """One step of AdamW (1711.05101) in place, in fp32, whatever dtype the gradient and the moments have.
+
+    `weight` is the fp32 weight or, with `low`, the bf16 half of one (`split_master`). The gradient is multiplied by
+    `scale` first; `step` counts from 1.
+    """
+    master = weight if low is None else join_master(weight, low)
+    grad32 = grad.float() * scale
+    m32 = m.float().lerp_(grad32, 1.0 - betas[0])
+    v32 = v.float().mul_(betas[1]).addcmul_(grad32, grad32, value=1.0 - betas[1])
+    denominator = (v32 / (1.0 - betas[1] ** step)).sqrt_().add_(eps)
+    master.mul_(1.0 - rate * decay).addcdiv_(m32, denominator, value=-rate / (1.0 - betas[0] ** step))
+    m.copy_(m32)
+    v.copy_(v32)
+    if low is not None:
+        for half, new in zip((weight, low), split_master(master), strict=True):
+            half.copy_(new)
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """An fp32 tensor as the nearest bf16 (ties away from zero) and the rest of its bits, int16: together no bit is lost.
+
+    A bf16 weight with its low half costs what an fp32 master costs, and no cast stands between step and product.
+    """
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join_master(high: Tensor, low: Tensor) -> Tensor:
+    """The fp32 tensor that `split_master` took apart."""
+    return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)

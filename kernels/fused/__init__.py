@@ -1,0 +1,23 @@
+"""The memory-bound operations as Triton kernels: one pass over device memory each, sums in fp32, no atomics.
+
+Same names and signatures as `kernels.eager`, which defines what they compute; `kernels.dispatch` chooses between the
+two. Plain `triton.language` alone, so that the CPU tests run them under Triton's interpreter.
+"""
+
+from kernels.fused.adamw import adamw_step
+from kernels.fused.cross_entropy import cross_entropy_gradient
+from kernels.fused.permute import gather_sum
+from kernels.fused.rms_norm import rms_norm, rms_norm_backward
+from kernels.fused.rope import rotate
+from kernels.fused.swiglu import swiglu, swiglu_backward
+
+__all__ = [
+    "adamw_step",
+    "cross_entropy_gradient",
+    "gather_sum",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotate",
+    "swiglu",
+    "swiglu_backward",
+]

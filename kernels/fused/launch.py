@@ -1,0 +1,23 @@
+"""What launching the kernels of this folder has in common. Letters: N rows, D width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE = 8192  # elements of a program's tile: 16 KB of bf16 in flight, which is what keeps HBM busy
+
+
+def rows_per_program(width: int) -> int:
+    """Rows of a tile of about TILE elements; a power of two, as is `width`."""
+    return max(1, min(32, TILE // width))
+
+
+def programs(device: torch.device, waves: int) -> int:
+    """How many programs fill the device `waves` deep: for kernels whose programs loop over rows."""
+    return waves * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., D] as contiguous [N, D]."""
+    return x.reshape(-1, x.shape[-1]).contiguous()

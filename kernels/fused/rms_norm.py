@@ -1,0 +1,75 @@
+"""RMSNorm and its gradient. Letters: N rows, D width, R rows of a tile, G programs of the backward pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.fused.launch import as_rows, programs, rows_per_program
+
+BACKWARD_WAVES = 4
+
+
+@triton.jit
+def _forward(x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, eps, R: tl.constexpr, D: tl.constexpr):
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    columns = tl.arange(0, D)
+    inside = (rows[:, None] < n) & (columns[None, :] < d)
+    offsets = rows[:, None].to(tl.int64) * d + columns[None, :]
+    x_RD = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    weight_D = tl.load(weight_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
+    rstd_R = 1.0 / tl.sqrt(tl.sum(x_RD * x_RD, axis=1) / d + eps)
+    y_RD = x_RD * rstd_R[:, None] * weight_D[None, :]
+    tl.store(y_ptr + offsets, y_RD.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + rows, rstd_R, mask=rows < n)
+
+
+@triton.jit
+def _backward(
+    grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, n, d, tiles, R: tl.constexpr, D: tl.constexpr
+):
+    columns = tl.arange(0, D)
+    weight_D = tl.load(weight_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
+    grad_weight_D = tl.zeros((D,), tl.float32)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        rows = tile * R + tl.arange(0, R)
+        inside = (rows[:, None] < n) & (columns[None, :] < d)
+        offsets = rows[:, None].to(tl.int64) * d + columns[None, :]
+        grad_RD = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        x_RD = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        rstd_R = tl.load(rstd_ptr + rows, mask=rows < n, other=0.0)
+        normal_RD = x_RD * rstd_R[:, None]
+        grad_weight_D += tl.sum(grad_RD * normal_RD, axis=0)
+        grad_RD = grad_RD * weight_D[None, :]
+        mean_R = tl.sum(grad_RD * normal_RD, axis=1) / d
+        grad_x_RD = (grad_RD - normal_RD * mean_R[:, None]) * rstd_R[:, None]
+        tl.store(grad_x_ptr + offsets, grad_x_RD.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + tl.program_id(0) * d + columns, grad_weight_D, mask=columns < d)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`eager.rms_norm`."""
+    x_ND = as_rows(x)
+    n, d = x_ND.shape
+    width = triton.next_power_of_2(d)
+    rows = rows_per_program(width)
+    y_ND, rstd_N = torch.empty_like(x_ND), torch.empty(n, dtype=torch.float32, device=x.device)
+    if n:
+        _forward[(triton.cdiv(n, rows),)](x_ND, weight_D, y_ND, rstd_N, n, d, eps, R=rows, D=width, num_warps=8)
+    return y_ND.view(x.shape), rstd_N.view(*x.shape[:-1], 1)
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """`eager.rms_norm_backward`; the gain's gradient is summed program by program, then over programs: same bits."""
+    grad_ND, x_ND = as_rows(grad), as_rows(x)
+    n, d = x_ND.shape
+    width = triton.next_power_of_2(d)
+    rows = max(1, rows_per_program(width) // 2)
+    tiles = triton.cdiv(n, rows)
+    grid = max(1, min(tiles, programs(x.device, BACKWARD_WAVES)))
+    grad_x_ND = torch.empty_like(x_ND)
+    partial_GD = torch.empty(grid, d, dtype=torch.float32, device=x.device)
+    _backward[(grid,)](grad_ND, x_ND, weight_D, rstd, grad_x_ND, partial_GD, n, d, tiles, R=rows, D=width, num_warps=8)
+    return grad_x_ND.view(x.shape), partial_GD.sum(0)

@@ -1,0 +1,103 @@
+"""Compares `kernels.fused` with `kernels.eager`: on CUDA as they are, on a CPU under TRITON_INTERPRET=1. Run as a program."""
+
+import torch
+
+from kernels import eager, fused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter truncates fp32 to bf16 where hardware rounds: one more unit in the last place.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3 if DEVICE == "cuda" else 8e-3}
+
+
+def check(name, ours, theirs, dtype, times=1):
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a is None and b is None:
+            continue
+        assert a.shape == b.shape and a.dtype == b.dtype, (name, number, a.shape, b.shape, a.dtype, b.dtype)
+        error = ((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)).item()
+        print(f"{name:32s} output {number} {dtype!s:16s} relative error {error:.1e}")
+        assert error <= times * TOLERANCE[dtype], (name, number, error)
+
+
+def random(*shape, dtype):
+    return (torch.randn(*shape, device=DEVICE) * torch.randn(1, device=DEVICE).exp()).to(dtype)
+
+
+def rms_norm(dtype):
+    for n, d in [(70, 96), (3, 2048), (33, 512), (1, 7)]:
+        x, weight, grad = random(n, d, dtype=dtype), random(d, dtype=torch.float32), random(n, d, dtype=dtype)
+        expected = eager.rms_norm(x, weight, 1e-6)
+        check(f"rms_norm {n}x{d}", fused.rms_norm(x, weight, 1e-6), expected, dtype)
+        ours = fused.rms_norm_backward(grad, x, weight, expected[1])
+        check(f"rms_norm_backward {n}x{d}", ours, eager.rms_norm_backward(grad, x, weight, expected[1]), dtype)
+
+
+def swiglu(dtype):
+    for n, f in [(13, 40), (5, 1408), (1, 3)]:
+        for scale in (None, random(n, dtype=torch.float32)):
+            x, grad = random(n, 2 * f, dtype=dtype), random(n, f, dtype=dtype)
+            exact = eager.swiglu(x.float(), scale).to(dtype)
+            check(f"swiglu {n}x{f}", [fused.swiglu(x, scale)], [exact], dtype)
+            ours = fused.swiglu_backward(grad, x, scale)
+            exact_grad, exact_scale = eager.swiglu_backward(grad.float(), x.float(), scale)
+            check(f"swiglu_backward {n}x{f}", ours, (exact_grad.to(dtype), exact_scale), dtype)
+
+
+def rotate(dtype):
+    angles = torch.rand(2, 30, 4, device=DEVICE)
+    wide = random(2, 30, 3 * 20 + 12, dtype=dtype)
+    heads = wide[..., :60].unflatten(-1, (3, 20))  # a slice of a wider product, not contiguous
+    for name, x, a in [
+        ("per sequence", heads, angles[:, :, None]),
+        ("shared", heads, angles[0, :, None]),
+        ("latent", wide[..., -12:], angles[0]),
+        ("whole width", wide[..., :8].contiguous(), angles),
+    ]:
+        for inverse in (False, True):
+            exact = eager.rotate(x.float(), a.cos(), a.sin(), inverse).to(dtype)
+            check(f"rotate {name}", [fused.rotate(x, a.cos(), a.sin(), inverse)], [exact], dtype)
+
+
+def gather_sum(dtype):
+    y, rows = random(50, 96, dtype=dtype), torch.randperm(50, device=DEVICE)[:36]
+    exact = eager.gather_sum(y.float(), rows, 12).to(dtype)
+    check("gather_sum", [fused.gather_sum(y, rows, 12)], [exact], dtype)
+
+
+def cross_entropy(dtype):
+    for n, v in [(9, 500), (4, 20000)]:
+        logits, targets = 3 * random(n, v, dtype=dtype), torch.randint(v, (n,), device=DEVICE)
+        logits[0, targets[0]] = 30
+        logits[1, : v // 2] = float("-inf")
+        targets[1] = v - 1
+        exact_loss, exact_grad = eager.cross_entropy_gradient(logits.float().clone(), targets)
+        ours = fused.cross_entropy_gradient(logits.clone(), targets)
+        check(f"cross_entropy {n}x{v}", ours, (exact_loss, exact_grad.to(dtype)), dtype)
+
+
+def adamw(dtype):
+    for split in (False, True):
+        for moments in (torch.float32, torch.bfloat16):
+            master = random(5000, dtype=torch.float32)
+            options = {"rate": 1e-2, "decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "scale": 0.7}
+            states = []
+            for module in (fused, eager):
+                weight, low = eager.split_master(master.clone()) if split else (master.clone(), None)
+                m, v = (torch.zeros(5000, dtype=moments, device=DEVICE) for _ in range(2))
+                for step in (1, 2, 3):
+                    torch.manual_seed(step)
+                    module.adamw_step(weight, low, random(5000, dtype=dtype), m, v, step=step, **options)
+                whole = eager.join_master(weight, low) if split else weight
+                states.append((whole - master, m.float(), v.float()))
+            check(f"adamw split={split} {moments}", *states, moments, times=20)  # a step is a small part of its weight
+
+
+def main():
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in (rms_norm, swiglu, rotate, gather_sum, cross_entropy, adamw):
+            torch.manual_seed(0)
+            case(dtype)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The Triton kernels under Triton's interpreter, against what they stand in for: same shapes, ragged sizes, poisoned
+outputs. A process of its own, since the interpreter is chosen when Triton is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_every_fused_kernel_equals_its_eager_twin_under_the_interpreter():
+    script = Path(__file__).with_name("interpret_fused.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-4000:]
