@@ -4,7 +4,7 @@
 Triton (`fused`) on CUDA, torch (`eager`) elsewhere.
 """
 
-from kernels.autograd import apply_rope, rms_norm, swiglu
+from kernels.autograd import apply_rope, keys_and_values, rms_norm, swiglu
 from kernels.dispatch import implementation
 from kernels.eager import join_master, split_master
 from kernels.grouped import Permutation, grouped_gemm, permutation, permute, permute_gates, unpermute
@@ -17,6 +17,7 @@ __all__ = [
     "grouped_gemm",
     "implementation",
     "join_master",
+    "keys_and_values",
     "linear_cross_entropy",
     "linear_log_probs",
     "permutation",

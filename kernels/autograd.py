@@ -61,3 +61,19 @@ class _Rope(torch.autograd.Function):
 def apply_rope(x_ND: Tensor, cos_NR2: Tensor, sin_NR2: Tensor) -> Tensor:
     """`reference.apply_rope`."""
     return _Rope.apply(x_ND, cos_NR2, sin_NR2)
+
+
+class _KeysAndValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, up: Tensor, rope: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+        ctx.rotary = rope.shape[-1]
+        return implementation(up).assemble_keys(up, rope, nope), up[..., nope:]
+
+    @staticmethod
+    def backward(ctx, grad_key: Tensor, grad_value: Tensor):
+        return *implementation(grad_key).assemble_keys_backward(grad_key, grad_value, ctx.rotary), None
+
+
+def keys_and_values(up: Tensor, rope: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """`reference.keys_and_values`; the values are a view of `up`, and its gradient is written once, not summed."""
+    return _KeysAndValues.apply(up, rope, nope)

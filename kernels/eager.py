@@ -65,6 +65,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     return y
 
 
+def assemble_keys(up: Tensor, rope: Tensor, nope: int) -> Tensor:
+    """MLA's keys [..., H, n + R]: the first `nope` dims of up [..., H, n + v], then the part that heads share [..., R]."""
+    shared = rope.unsqueeze(-2).expand(*up.shape[:-1], rope.shape[-1])
+    return torch.cat([up[..., :nope], shared], dim=-1)
+
+
+def assemble_keys_backward(grad_key: Tensor, grad_value: Tensor, rotary: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `up`, whose last dims are the values, and of the shared part."""
+    grad_nope, grad_rope = grad_key.split([grad_key.shape[-1] - rotary, rotary], dim=-1)
+    return torch.cat([grad_nope, grad_value], dim=-1), grad_rope.sum(-2)
+
+
 def gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:
     """Σ over a token's K rows; `row_R` names them, token by token. Returns [N, D]."""
     return y_PD.index_select(0, row_R).view(n_tokens, -1, y_PD.shape[-1]).sum(1)

@@ -31,6 +31,13 @@ def apply_rope(x_ND: Tensor, cos_NR2: Tensor, sin_NR2: Tensor) -> Tensor:
     return torch.cat([still, a * cos_NR2 - b * sin_NR2, b * cos_NR2 + a * sin_NR2], dim=-1)
 
 
+def keys_and_values(up: Tensor, rope: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """MLA's keys and values of H heads: up [..., H, n + v] holds each head's unrotated key and its value, rope [..., R]
+    the rotated part that all heads share. Returns [..., H, n + R] and [..., H, v]."""
+    shared = rope.unsqueeze(-2).expand(*up.shape[:-1], -1)
+    return torch.cat([up[..., :nope], shared], dim=-1), up[..., nope:]
+
+
 def route(
     scores_NE: Tensor,
     bias_E: Tensor,

@@ -150,10 +150,9 @@ class LatentAttention(nn.Module):
     def _attend(self, q_BTHd: Tensor, latent_BTL: Tensor, mask_BTT: Tensor | None) -> Tensor:
         latent_BTC, key_BTR = latent_BTL.split([self.rank, self.rope_dim], dim=-1)
         up_BTHU = self.kv_up(latent_BTC).unflatten(-1, (self.n_heads, -1))
-        k_nope, v = up_BTHU.split([self.nope_dim, self.value_dim], dim=-1)
-        k_BTHd = torch.cat([k_nope, key_BTR.unsqueeze(2).expand(-1, -1, self.n_heads, -1)], dim=-1)
+        k_BTHd, v_BTHv = kernels.keys_and_values(up_BTHU, key_BTR, self.nope_dim)
         return self.out(
-            _attend(q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v.transpose(1, 2), mask_BTT, self.scale)
+            _attend(q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2), mask_BTT, self.scale)
         )
 
 

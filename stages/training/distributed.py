@@ -97,11 +97,11 @@ class GradientBucket:
 
     def norm(self) -> float:
         """The joint L2 norm of the gradients."""
-        norms = [torch.linalg.vector_norm(self._flat[: self._size])]
-        if not self._sums:
-            gradients = [parameter.grad for parameter in self._low if parameter.grad is not None]
-            norms += torch._foreach_norm(gradients, dtype=torch.float32)
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if len(norms) > 1 else float(norms[0])
+        norm = torch.linalg.vector_norm(self._flat[: self._size])
+        apart = [] if self._sums else [weight.grad for weight in self._low if weight.grad is not None]
+        if apart:
+            norm = torch.linalg.vector_norm(torch.stack([norm, *torch._foreach_norm(apart, dtype=torch.float32)]))
+        return float(norm)
 
 
 def clip_factor(norm: float, max_norm: float) -> float:

@@ -58,6 +58,16 @@ def rotate(dtype):
             check(f"rotate {name}", [fused.rotate(x, a.cos(), a.sin(), inverse)], [exact], dtype)
 
 
+def keys(dtype):
+    both = random(2, 9, 3 * 20 + 8, dtype=dtype)
+    up, rope = both[..., :60].unflatten(-1, (3, 20)), both[..., 60:]
+    check("assemble_keys", [fused.assemble_keys(up, rope, 12)], [eager.assemble_keys(up, rope, 12)], dtype)
+    grad_key, grad_value = random(2, 9, 3, 20, dtype=dtype), random(2, 9, 3, 8, dtype=dtype)
+    exact = eager.assemble_keys_backward(grad_key.float(), grad_value.float(), 8)
+    ours = fused.assemble_keys_backward(grad_key, grad_value, 8)
+    check("assemble_keys_backward", ours, [x.to(dtype) for x in exact], dtype)
+
+
 def gather_sum(dtype):
     y, rows = random(50, 96, dtype=dtype), torch.randperm(50, device=DEVICE)[:36]
     exact = eager.gather_sum(y.float(), rows, 12).to(dtype)
@@ -94,7 +104,7 @@ def adamw(dtype):
 
 def main():
     for dtype in (torch.float32, torch.bfloat16):
-        for case in (rms_norm, swiglu, rotate, gather_sum, cross_entropy, adamw):
+        for case in (rms_norm, swiglu, rotate, keys, gather_sum, cross_entropy, adamw):
             torch.manual_seed(0)
             case(dtype)
 

@@ -52,6 +52,16 @@ def test_rope_turns_the_last_dims_and_leaves_the_rest():
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_equal_their_definition(dtype):
+    up, rope = torch.randn(2, 9, 3, 20).to(dtype), torch.randn(2, 9, 8).to(dtype)
+
+    def both(function):
+        return lambda up, rope: torch.cat(function(up, rope, 12), dim=-1)  # keys [.., 20] and values [.., 8]
+
+    check(both(kernels.keys_and_values), both(reference.keys_and_values), up, rope, dtype=dtype)
+
+
 @pytest.mark.parametrize("tile", [1, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_routed_experts_equal_a_loop_over_tokens_in_every_layout(tile, dtype):
