@@ -66,7 +66,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
 
 
 def assemble_keys(up: Tensor, rope: Tensor, nope: int) -> Tensor:
-    """MLA's keys [..., H, n + R]: the first `nope` dims of up [..., H, n + v], then the part that heads share [..., R]."""
+    """MLA's keys [..., H, n + R]: the first `nope` dims of up [..., H, n + v], then what heads share [..., R]."""
     shared = rope.unsqueeze(-2).expand(*up.shape[:-1], rope.shape[-1])
     return torch.cat([up[..., :nope], shared], dim=-1)
 
@@ -125,7 +125,7 @@ def adamw_step(
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """An fp32 tensor as the nearest bf16 (ties away from zero) and the rest of its bits, int16: together no bit is lost.
+    """An fp32 tensor as the nearest bf16 (ties away from zero) and the rest of its bits, int16. No bit is lost.
 
     A bf16 weight with its low half costs what an fp32 master costs, and no cast stands between step and product.
     """

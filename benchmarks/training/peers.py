@@ -133,3 +133,6 @@ def _stand_in(name: str) -> None:
 
         module.__getattr__ = attribute  # type: ignore[method-assign]
         sys.modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], child, module)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from model.presets import preset
 
 BATCH, LENGTH = 4, 4096
 WARM_UP, STEPS = 5, 12
+MEASURED_BF16 = 785e12  # FLOP/s of an 8192³ product on one H100, random data
 CASES = ("ours", "torchtitan", "transformers_compiled", "transformers", "ours_again")
 
 
@@ -39,7 +42,7 @@ def shapes() -> ModelConfig:
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """Uniform tokens: as hard as tokens get, and the same for every candidate."""
+    """Uniform tokens, new ones every step: a batch seen twice is learnt, and zero gradients multiply faster."""
 
     sequence_length: int
     vocab_size: int
@@ -85,14 +88,14 @@ def peer_step(name: str, titan: str) -> Any:
     }
     parameters, loss_of = build[name]()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    tokens_BT = torch.randint(shapes().vocab_size, (BATCH, LENGTH + 1), device="cuda")
+    batches, number = RandomTokens(LENGTH, shapes().vocab_size), itertools.count()
 
     def step() -> float:
-        loss = loss_of(tokens_BT)
+        loss = loss_of(batches.batch(next(number)).tokens_BT.to("cuda", non_blocking=True))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -109,34 +112,74 @@ def measure(case: str, titan: str, profile: Path | None) -> dict[str, Any]:
             loss = step()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
+        timed, peak = seconds[WARM_UP:], torch.cuda.max_memory_allocated()
         if profile:
-            write_profile(step, profile)
-    timed = seconds[WARM_UP:]
+            write_profile(step, 1e3 * statistics.median(timed), profile)
     return {
         "case": case,
         "tokens_per_second": BATCH * LENGTH / statistics.median(timed),
         "step_ms": 1e3 * statistics.median(timed),
         "slowest_ms": 1e3 * max(timed),
         "fastest_ms": 1e3 * min(timed),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "tflops": causal_flops_per_token(shapes()) * BATCH * LENGTH / statistics.median(timed) / 1e12,
+        "peak_gib": peak / 2**30,
         "loss": loss,
     }
 
 
-def write_profile(step: Any, path: Path, steps: int = 3) -> None:
-    """GPU time of every kernel over some steps, longest first."""
+# What a kernel's name says it is for; the first match counts.
+PARTS = {
+    "attention": r"sdpa|flash|compute_dot_do_o|convert_dq",
+    "grouped products (experts)": r"GemmUniversal|grouped_gemm",
+    "dense products": r"nvjet|gemm|cutlass",
+    "optimizer": r"_adamw",
+    "gradient norm": r"multi_tensor_apply",
+    "cross-entropy": r"_cross_entropy",
+    "norms": r"_rms_norm",
+    "SwiGLU": r"_swiglu",
+    "rotation and keys": r"_rotate|_assemble|_take_apart",
+    "permutation": r"gather|_gather_sum|RadixSort|index",
+    "copies, sums and the rest": r"",
+}
+
+
+def write_profile(step: Any, step_ms: float, path: Path, steps: int = 4) -> None:
+    """GPU time of a step by part, and of every kernel, longest first; what is left of the step the GPU was idle."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    rows = [
+    kernels = [
         {"kernel": event.key[:160], "ms": event.self_device_time_total / 1e3 / steps, "calls": event.count / steps}
         for event in profiler.key_averages()
     ]
-    rows.sort(key=lambda row: -row["ms"])
-    path.write_text(json.dumps(rows, indent=1))
-    for row in rows[:45]:
-        print(f"{row['ms']:8.3f} ms {row['calls']:6.1f} x  {row['kernel'][:110]}", file=sys.stderr)
+    parts = dict.fromkeys(PARTS, 0.0)
+    for row in kernels:
+        parts[next(part for part, pattern in PARTS.items() if re.search(pattern, row["kernel"]))] += row["ms"]
+    parts["idle"] = max(0.0, step_ms - sum(parts.values()))
+    kernels.sort(key=lambda row: -row["ms"])
+    path.write_text(json.dumps({"step_ms": step_ms, "parts_ms": parts, "kernels": kernels}, indent=1) + "\n")
+    plot_parts(parts, step_ms, path.with_suffix(".png"))
+
+
+def plot_parts(parts: dict[str, float], step_ms: float, path: Path) -> None:
+    """Where a step's time goes, beside the time its products would take at the chip's measured bf16 rate."""
+    from matplotlib.figure import Figure
+
+    ideal = 1e3 * BATCH * LENGTH * causal_flops_per_token(shapes()) / MEASURED_BF16
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(list(parts), list(parts.values()))
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a step", title=f"{step_ms:.0f} ms a step; all products at 785 TFLOP/s: {ideal:.0f} ms")
+    figure.savefig(path, dpi=110)
+
+
+def causal_flops_per_token(config: ModelConfig) -> float:
+    """Training FLOPs with attention counted below the diagonal alone."""
+    attention = 6 * config.n_layers * config.n_heads * (config.head_dim + config.value_dim) * LENGTH
+    return config.flops_per_token(LENGTH) - attention / 2
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ BACKWARD_WAVES = 4
 
 
 @triton.jit
-def _forward(x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, eps, R: tl.constexpr, D: tl.constexpr):
+def _rms_norm(x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, eps, R: tl.constexpr, D: tl.constexpr):
     rows = tl.program_id(0) * R + tl.arange(0, R)
     columns = tl.arange(0, D)
     inside = (rows[:, None] < n) & (columns[None, :] < d)
@@ -27,7 +27,7 @@ def _forward(x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, eps, R: tl.constexpr, D: 
 
 
 @triton.jit
-def _backward(
+def _rms_norm_backward(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, n, d, tiles, R: tl.constexpr, D: tl.constexpr
 ):
     columns = tl.arange(0, D)
@@ -57,7 +57,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows = rows_per_program(width)
     y_ND, rstd_N = torch.empty_like(x_ND), torch.empty(n, dtype=torch.float32, device=x.device)
     if n:
-        _forward[(triton.cdiv(n, rows),)](x_ND, weight_D, y_ND, rstd_N, n, d, eps, R=rows, D=width, num_warps=8)
+        _rms_norm[(triton.cdiv(n, rows),)](x_ND, weight_D, y_ND, rstd_N, n, d, eps, R=rows, D=width, num_warps=8)
     return y_ND.view(x.shape), rstd_N.view(*x.shape[:-1], 1)
 
 
@@ -71,5 +71,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -
     grid = max(1, min(tiles, programs(x.device, BACKWARD_WAVES)))
     grad_x_ND = torch.empty_like(x_ND)
     partial_GD = torch.empty(grid, d, dtype=torch.float32, device=x.device)
-    _backward[(grid,)](grad_ND, x_ND, weight_D, rstd, grad_x_ND, partial_GD, n, d, tiles, R=rows, D=width, num_warps=8)
+    _rms_norm_backward[(grid,)](
+        grad_ND, x_ND, weight_D, rstd, grad_x_ND, partial_GD, n, d, tiles, R=rows, D=width, num_warps=8
+    )
     return grad_x_ND.view(x.shape), partial_GD.sum(0)

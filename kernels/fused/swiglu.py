@@ -14,7 +14,7 @@ ROWS, COLUMNS = 4, 512
 
 
 @triton.jit
-def _forward(gate_up_ptr, scale_ptr, y_ptr, n, f, SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+def _swiglu(gate_up_ptr, scale_ptr, y_ptr, n, f, SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     rows = tl.program_id(0) * R + tl.arange(0, R)
     base = rows[:, None].to(tl.int64) * f
     if SCALED:
@@ -31,7 +31,7 @@ def _forward(gate_up_ptr, scale_ptr, y_ptr, n, f, SCALED: tl.constexpr, R: tl.co
 
 
 @triton.jit
-def _backward(
+def _swiglu_backward(
     grad_ptr, gate_up_ptr, scale_ptr, out_ptr, grad_scale_ptr, n, f,
     SCALED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def swiglu(gate_up: Tensor, scale_N: Tensor | None) -> Tensor:
     scale_N = None if scale_N is None else scale_N.contiguous()
     if n:
         grid = (triton.cdiv(n, ROWS),)
-        _forward[grid](gate_up_N2F, scale_N, y_NF, n, f, SCALED=scale_N is not None, R=ROWS, C=COLUMNS)
+        _swiglu[grid](gate_up_N2F, scale_N, y_NF, n, f, SCALED=scale_N is not None, R=ROWS, C=COLUMNS)
     return y_NF.view(*gate_up.shape[:-1], f)
 
 
@@ -81,7 +81,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, scale_N: Tensor | None) -> tu
     grad_scale_N = None if scale_N is None else torch.empty_like(scale_N, dtype=torch.float32)
     if n:
         grid = (triton.cdiv(n, ROWS),)
-        _backward[grid](
+        _swiglu_backward[grid](
             grad_NF, gate_up_N2F, scale_N, out_N2F, grad_scale_N, n, f, SCALED=scale_N is not None, R=ROWS, C=COLUMNS
         )
     grad_scale = None if grad_scale_N is None or scale_N is None else grad_scale_N.to(scale_N.dtype)

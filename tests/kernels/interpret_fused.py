@@ -1,4 +1,4 @@
-"""Compares `kernels.fused` with `kernels.eager`: on CUDA as they are, on a CPU under TRITON_INTERPRET=1. Run as a program."""
+"""`kernels.fused` against `kernels.eager`, as a program: on CUDA as it is, on a CPU under TRITON_INTERPRET=1."""
 
 import torch
 
