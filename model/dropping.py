@@ -7,8 +7,9 @@
 
 Capacity is capacity_factor × even load. The papers take it over whatever batch a device holds; here it is taken over
 each sequence, and the spared sequences are known by a hash of their tokens. What is dropped is then a function of the
-sequence and the weights: no micro-batch, number of ranks or resume changes it. A dropped row keeps its place in the
-layout with gate 0. Letters: B sequences of T tokens, N = B·T, K choices a token, P = T·K rows of a sequence, X buckets.
+sequence and the weights: no micro-batch, number of ranks or resume changes it. A sequence is less even than a batch, so
+more is dropped. A dropped row keeps its place in the layout, with gate 0: it costs its products and changes nothing.
+Letters: B sequences of T tokens, N = B·T, K choices a token, P = T·K rows of a sequence, X buckets.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from infra.errors import ConfigError
 from model.balance import BalanceWeights, balance_loss
 from model.config import ModelConfig
 from model.dropping import kept_rows, spared
+from model.exchange.deepseek import to_published
 from model.generate import Generator
 from model.moe import MoE
 from model.router import HashRouter, Router, Routing, build_router, scramble, update_routing_bias
@@ -110,6 +112,13 @@ def test_generation_routes_as_the_forward_pass_does(name):
     for prompt, made in zip(([5, 6, 7], [9]), completion, strict=True):
         tokens = torch.tensor([prompt + made.tokens])
         assert model(tokens).logits_BTV[0, len(prompt) - 1 : -1].argmax(-1).tolist() == made.tokens
+
+
+@pytest.mark.parametrize("name", ["gshard", "switch", "hash"])
+def test_a_baseline_has_no_published_layout(name):
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    with pytest.raises(ConfigError, match="only router='deepseek' has one"):
+        to_published(config_of(name, **latent))
 
 
 def loss_by_hand(config: ModelConfig, routing: Routing, weights: BalanceWeights) -> float:
