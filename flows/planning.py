@@ -190,7 +190,8 @@ def plan(
             step = _pinned(planner, node, stage, configs[name], refs, pinned[name])
         else:
             step = _step(planner, node, stage, configs[name], refs, name in chosen, name in again)
-        planner.steps[name] = replace(step, counts=_counts(planner, step))
+            step = replace(step, counts=_counts(planner, step))
+        planner.steps[name] = step
     shown = tuple(step for name, step in planner.steps.items() if name in chosen | needed)
     return Plan(pipeline, recipe.name, shown)
 

@@ -70,7 +70,7 @@ class Output:
 
     hidden_BTD: states behind the final norm. mtp_hidden: one [B, T − k, D] per MTP depth k = 1, 2, …
     load_LE: tokens per routed expert of each layer with experts (MTP's blocks last), int64; None for a dense model.
-    dropped_L: how many of them were over capacity and not computed, int64; None where nothing is dropped.
+    dropped_L: how many of them were over capacity and dropped, int64; None where nothing can be.
     """
 
     def __init__(

@@ -68,8 +68,9 @@ def recipe(name: str) -> Recipe:
     }
     if ramp:
         pretrain["batch_ramp"] = {"start": ramp[0], "until": _until(batch, ramp)}
+    longer = {"sequence_length": 4 * context, "rope_factor": 4.0, "steps": 1000, "batch_size": 576}
     extend: dict[str, Any] = {
-        "phases": PHASES.get(name, _longer(4, context)),
+        "phases": PHASES.get(name, [longer]),
         "learning_rate": {"schedule": "constant", "peak": END_RATES.get(name, peak / 10)},
         "micro_batch_size": 1,
         "precision": "bf16",
@@ -85,11 +86,6 @@ def recipe(name: str) -> Recipe:
     }
     changed |= {node: {**h100.CONFIGS[node], **R1_ZERO} for node in ("r1_zero", "reasoning_rl", "final_rl")}
     return Recipe(name, f"the published size {name}", {**h100.CONFIGS, **changed})
-
-
-def _longer(factor: int, context: int) -> list[dict[str, Any]]:
-    """One phase to `factor` times the context of pre-training."""
-    return [{"sequence_length": factor * context, "rope_factor": float(factor), "steps": 1000, "batch_size": 576}]
 
 
 def _steps(sequences: float, batch: int, ramp: tuple[int, float] | None) -> int:

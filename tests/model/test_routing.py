@@ -279,6 +279,26 @@ def test_the_model_reports_what_it_dropped_in_training_alone():
     assert Transformer(config_of("v2"))(tokens_BT).dropped_L is None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ROUTERS)
+def test_cuda_routes_drops_and_balances_as_the_cpu_does(name):
+    torch.manual_seed(0)
+    model = Transformer(config_of(name, capacity_factor=0.8 if name != "moe" else None))
+    tokens_BT = torch.randint(64, (16, 64))
+    weights = BalanceWeights(0.1, 0.2, 0.3)
+    losses, outputs = [], []
+    for device in ("cpu", "cuda"):
+        out = model.to(device)(tokens_BT.to(device))
+        losses.append(out.balance_loss(weights).item())
+        outputs.append([out.hidden_BTD, out.load_LE, torch.zeros(2) if out.dropped_L is None else out.dropped_L])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    (hidden, load, dropped), (cuda_hidden, cuda_load, cuda_dropped) = outputs
+    assert (load - cuda_load.cpu()).abs().max() <= 2  # rounding may send a token elsewhere
+    assert (dropped - cuda_dropped.cpu()).abs().max() <= 2
+    close = torch.isclose(hidden, cuda_hidden.cpu(), rtol=1e-2, atol=1e-2).all(-1)
+    assert close.float().mean() > 0.95
+
+
 def test_the_routing_bias_moves_load_and_hash_routers_have_none():
     torch.manual_seed(0)
     model = Transformer(config_of("v3"))
