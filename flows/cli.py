@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from flows import cli_artifacts
-from flows.console import RunView, console, plan_table
+from flows.console import RunView, console, counts_table, plan_table
 from flows.environment import explorer_address, open_store, prepare, server_address
 from infra.config import nearest
 from infra.errors import ConfigError, FathomError
@@ -162,7 +162,7 @@ def plan(
 ) -> None:
     """Show what a run would do and why, without running anything.
 
-    Recipes: tiny, h100, v1_67b, moe_16b, v2_lite, v2, v3.
+    Recipes: tiny, h100, v1_67b, moe_2b, moe_16b, v2_lite, v2, v3.
 
     Example: fathom plan line --set pretrain.steps=300
     """
@@ -178,6 +178,8 @@ def plan(
         typer.echo(json.dumps([step.to_json() for step in planned.steps], indent=1, ensure_ascii=False))
     else:
         console().print(plan_table(planned))
+        if (counts := counts_table(planned)) is not None:
+            console().print(counts)
     if planned.problem:
         raise planned.problem
 

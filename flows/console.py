@@ -106,6 +106,15 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
+def quantity(count: float) -> str:
+    """Parameters and tokens for people: 671B."""
+    for unit in ("", "K", "M", "B"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}T"
+
+
 def plan_table(plan: Plan) -> Table:
     """Node, what would happen to it, its id, and why."""
     table = Table("Node", "State", "Artifact", "Why", title=f"{plan.pipeline.name}, recipe {plan.recipe}")
@@ -114,6 +123,29 @@ def plan_table(plan: Plan) -> Table:
         why = "\n".join([*step.why[:5], *([f"and {len(step.why) - 5} more"] if len(step.why) > 5 else [])])
         table.add_row(step.node.name, f"[{style}]{step.state}[/]", step.id, escape(why))
     return table
+
+
+def counts_table(plan: Plan) -> Table | None:
+    """Size and cost of the models that a plan's nodes train from random weights; None where none does."""
+    table = Table(
+        *("Model", "Parameters", "Active", "Embedding", "Training tokens", "FLOPs a token", "FLOPs in all", "KV cache"),
+        caption="Embedding includes the head; the cache is a token's in BF16",
+    )
+    for step in plan.steps:
+        if (counts := step.counts) is None:
+            continue
+        mtp = f" with {quantity(counts.mtp_parameters)} of MTP" if counts.mtp_parameters else ""
+        table.add_row(
+            step.node.name,
+            quantity(counts.parameters) + mtp,
+            quantity(counts.active_parameters),
+            quantity(counts.embedding_parameters),
+            quantity(counts.training_tokens),
+            f"{counts.training_flops_per_token:.3g}",
+            f"{counts.training_flops:.3g}",
+            size(counts.cache_bytes_per_token),
+        )
+    return table if table.rows else None
 
 
 def rows_table(header: Iterable[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> Table:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import stages
 from flows.pipelines import Load, Node, Pipeline
@@ -20,6 +20,7 @@ from infra.config import Config
 from infra.errors import ArtifactNotFound, ConfigError, FathomError, TamperedArtifact
 from infra.stage import Stage
 from infra.store import ArtifactStore, Fault, differences
+from model.config import ModelConfig
 
 State = Literal["reuse", "run", "blocked"]
 
@@ -58,6 +59,46 @@ class Selection:
         return chosen, again | forced
 
 
+@runtime_checkable
+class BuildsModel(Protocol):
+    """A config that says which model it trains, and on how much: pretrain's."""
+
+    sequence_length: int
+
+    def trained_model(self, vocab_size: int) -> ModelConfig: ...
+
+    def n_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Size and cost of a model that a node trains from random weights, from its config alone."""
+
+    parameters: int  # all that is trained, MTP modules included
+    mtp_parameters: int
+    active_parameters: int  # read by one token's forward pass, without MTP
+    embedding_parameters: int  # the vocabulary's, head included
+    training_tokens: int
+    training_flops_per_token: int
+    training_flops: int
+    cache_bytes_per_token: int  # in BF16
+
+    @classmethod
+    def of(cls, config: BuildsModel, vocab_size: int) -> Counts:
+        model, tokens = config.trained_model(vocab_size), config.n_tokens()
+        flops = model.flops_per_token(config.sequence_length, mtp=True)
+        return cls(
+            parameters=model.n_parameters(),
+            mtp_parameters=model.n_mtp_parameters(),
+            active_parameters=model.n_active_parameters(),
+            embedding_parameters=model.n_embedding_parameters(),
+            training_tokens=tokens,
+            training_flops_per_token=flops,
+            training_flops=flops * tokens,
+            cache_bytes_per_token=int(model.cache_bytes_per_token()),
+        )
+
+
 @dataclass(frozen=True)
 class Step:
     """One node of a plan: what it would make, and whether it has to run. `force` executes it although it exists."""
@@ -72,6 +113,7 @@ class Step:
     force: bool = False
     chosen: bool = True
     problem: FathomError | None = None
+    counts: Counts | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -83,6 +125,7 @@ class Step:
             "force": self.force,
             "inputs": self.refs,
             "config": self.config.model_dump(mode="json"),
+            "model": asdict(self.counts) if self.counts else None,
         }
 
 
@@ -147,6 +190,7 @@ def plan(
             step = _pinned(planner, node, stage, configs[name], refs, pinned[name])
         else:
             step = _step(planner, node, stage, configs[name], refs, name in chosen, name in again)
+            step = replace(step, counts=_counts(planner, step))
         planner.steps[name] = step
     shown = tuple(step for name, step in planner.steps.items() if name in chosen | needed)
     return Plan(pipeline, recipe.name, shown)
@@ -211,6 +255,17 @@ def _step(
 def rebuilt(faults: Iterable[Fault]) -> bool:
     """Whether an artifact's own files are whole and only what it was made from has changed under the same id."""
     return all("was rebuilt since" in fault.problem for fault in faults)
+
+
+def _counts(planner: _Planner, step: Step) -> Counts | None:
+    """Counts of a node that builds a model, with the vocabulary of the tokenizer upstream of it."""
+    if not isinstance(step.config, BuildsModel):
+        return None
+    upstream = planner.pipeline.upstream(step.node.roles.values())
+    tokenizer = next(made for name in upstream if (made := planner.steps[name]).stage.makes == "tokenizer")
+    if tokenizer.state == "reuse":
+        return Counts.of(step.config, planner.store.manifest(tokenizer.id).summary["vocab_size"])
+    return Counts.of(step.config, tokenizer.config.vocab_size)
 
 
 def _missing(planner: _Planner, step: Step) -> ArtifactNotFound:

@@ -63,6 +63,17 @@ class ModelConfig(Config):
         description="sigmoid: V3 (renormalised gates, groups by their two best); softmax: MoE and V2 (groups by best)",
     )
     route_scale: float = Field(1.0, title="Routed scaling factor", gt=0)
+    router: Literal["deepseek", "gshard", "switch", "hash"] = Field(
+        "deepseek",
+        title="Router",
+        description="deepseek, or one of DeepSeekMoE's baselines: gshard (top 2), switch (top 1), hash (of the token)",
+    )
+    capacity_factor: float | None = Field(
+        None,
+        title="Capacity factor",
+        gt=0,
+        description="In training, rows over this multiple of even load are dropped: a group's (V2: 1) or an expert's",
+    )
     n_mtp: int = Field(0, title="Multi-token prediction depth", ge=0)
 
     @model_validator(mode="before")
@@ -81,6 +92,8 @@ class ModelConfig(Config):
         elif isinstance(d_model, int) and isinstance(n_heads, int) and n_heads > 0:
             values.setdefault("n_kv_heads", n_heads)
             values.setdefault("head_dim", d_model // n_heads)
+        if values.get("router", "deepseek") != "deepseek":
+            values.setdefault("score_function", "softmax")
         return values
 
     @model_validator(mode="after")
@@ -96,6 +109,8 @@ class ModelConfig(Config):
         deepseek = self.family == "deepseek_v3"
         group_size = self.n_routed_experts // self.n_groups
         least = 2 if self.score_function == "sigmoid" else 1
+        baseline = self.router != "deepseek"
+        top_k = {"gshard": 2, "switch": 1, "hash": 1}.get(self.router, self.n_activated_experts)
         return [
             (
                 not deepseek and (self.is_mla or self.is_moe or self.n_mtp > 0),
@@ -143,6 +158,16 @@ class ModelConfig(Config):
                 f"n_activated_experts ({self.n_activated_experts}): raise n_limited_groups",
             ),
             (
+                baseline and (self.n_activated_experts, self.n_groups, self.score_function) != (top_k, 1, "softmax"),
+                f"router {self.router!r} needs n_routed_experts, n_activated_experts={top_k}, n_groups=1 and "
+                "score_function='softmax'",
+            ),
+            (
+                self.capacity_factor is not None and not (self.is_moe and (baseline or self.n_groups > 1)),
+                "capacity_factor bounds the rows of a group of experts: set n_routed_experts and n_groups > 1, or a "
+                "router whose capacity is an expert's (gshard, switch, hash)",
+            ),
+            (
                 self.rope_factor > 1 and self.original_max_position is None,
                 "rope_factor > 1 asks for YaRN: set original_max_position, the context before the extension",
             ),
@@ -185,11 +210,21 @@ class ModelConfig(Config):
 
     def n_parameters(self) -> int:
         """Every trained number, MTP modules included; a shared embedding or head counts once."""
-        return self._count(self.n_routed_experts) + self.n_mtp * self._mtp_parameters(self.n_routed_experts)
+        return self._count(self.n_routed_experts) + self.n_mtp_parameters()
+
+    def n_mtp_parameters(self) -> int:
+        """What the MTP modules add to the main model, whose embedding and head they share."""
+        projection_and_norms = 2 * self.d_model**2 + 3 * self.d_model
+        block = self._block_norms() + self._block_matrices(self.n_layers, self.n_routed_experts)
+        return self.n_mtp * (projection_and_norms + block)
 
     def n_active_parameters(self) -> int:
         """Parameters that one token's main-model forward pass reads: routed experts not chosen and MTP left out."""
         return self._count(self.n_activated_experts)
+
+    def n_embedding_parameters(self) -> int:
+        """Vocabulary tables, which scaling laws leave out: the embedding, and the head unless it is tied."""
+        return (1 if self.tie_embeddings else 2) * self.vocab_size * self.d_model
 
     def flops_per_token(self, sequence_length: int, mtp: bool = False) -> int:
         """Training FLOPs (forward and backward) per token at that sequence length, MTP modules counted on request.
@@ -204,8 +239,19 @@ class ModelConfig(Config):
         block = self._block_matrices(self.n_layers, self.n_activated_experts) + attention // self.n_layers
         return main + 6 * self.n_mtp * (block + 2 * self.d_model**2 + self.vocab_size * self.d_model)
 
-    def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """KV cache of one token: MLA keeps kv_lora_rank + rope numbers a layer, GQA keys and values of each kv head."""
+    def non_embedding_flops_per_token(self, sequence_length: int) -> int:
+        """M of DeepSeek LLM's scaling laws (section 3.2): `flops_per_token` without the head.
+
+        For the shapes of its equation 2 (MHA, FFN of 8 d² weights) that is 72·n_layers·d² + 12·n_layers·d·T.
+        """
+        return self.flops_per_token(sequence_length) - 6 * self.vocab_size * self.d_model
+
+    def cache_bytes_per_token(self, bytes_per_element: float = 2) -> float:
+        """KV cache of one token: MLA keeps kv_lora_rank + rope numbers a layer, GQA keys and values of each kv head.
+
+        V2's "93.3 % less than DeepSeek 67B" holds for V2 as deployed, its cache quantised to 6 bits an element (section
+        3.2.3), against the 67B in BF16: 60·576·0.75 of 95·2·8·128·2 bytes. In equal precision it is 82.2 % less.
+        """
         per_layer = (self.kv_lora_rank or 0) + self.rope_dim if self.is_mla else 2 * self.n_kv_heads * self.head_dim
         return self.n_layers * per_layer * bytes_per_element
 
@@ -235,8 +281,5 @@ class ModelConfig(Config):
             attention = 2 * d * (heads + self.n_kv_heads) * self.head_dim
         if not self.has_experts(layer):
             return attention + 3 * d * self.d_ff
-        return attention + 3 * d * self.moe_d_ff * (experts + self.n_shared_experts) + d * self.n_routed_experts
-
-    def _mtp_parameters(self, experts: int) -> int:
-        projection_and_norms = 2 * self.d_model**2 + 3 * self.d_model
-        return projection_and_norms + self._block_norms() + self._block_matrices(self.n_layers, experts)
+        router = d * self.n_routed_experts if self.router != "hash" else 0
+        return attention + 3 * d * self.moe_d_ff * (experts + self.n_shared_experts) + router

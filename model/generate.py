@@ -129,7 +129,7 @@ class _Batch:
         for block, cache in zip(self.blocks, self.cache, strict=True):
             x_BTD = x_BTD + block.attention.prefill(block.attention_norm(x_BTD), rope, mask_BTT, cache)
             h_ND = block.ffn_norm(x_BTD).flatten(0, 1)
-            x_BTD = x_BTD + _ffn(block, h_ND).view_as(x_BTD)
+            x_BTD = x_BTD + _ffn(block, h_ND, self.prompts_BT.flatten()).view_as(x_BTD)
         return x_BTD[:, -1]
 
     def _decode(self, tokens_B: Tensor, slot: int) -> Tensor:
@@ -139,7 +139,7 @@ class _Batch:
         mask_BS = self.mask_BS[:, : slot + 1]
         for block, cache in zip(self.blocks, self.cache, strict=True):
             x_BD = x_BD + block.attention.decode(block.attention_norm(x_BD), rope, mask_BS, cache)
-            x_BD = x_BD + _ffn(block, block.ffn_norm(x_BD))
+            x_BD = x_BD + _ffn(block, block.ffn_norm(x_BD), tokens_B)
         return x_BD
 
     def _logits(self, hidden_BD: Tensor) -> Tensor:
@@ -199,5 +199,5 @@ def _invert(weights_BV: Tensor, draws_B1: Tensor) -> Tensor:
     return index_B1.squeeze(1).clamp_max(weights_BV.shape[1] - 1)
 
 
-def _ffn(block: Block, x_ND: Tensor) -> Tensor:
-    return block.ffn.decode(x_ND) if isinstance(block.ffn, MoE) else block.ffn(x_ND)
+def _ffn(block: Block, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
+    return block.ffn.decode(x_ND, tokens_N) if isinstance(block.ffn, MoE) else block.ffn(x_ND)

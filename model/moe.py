@@ -1,6 +1,6 @@
 """DeepSeekMoE (2401.06066): shared experts that see every token, and routed experts of which each token visits K.
 
-Letters: N tokens, P = N·K routed rows, D model width, F expert width, E experts, K chosen.
+Letters: B sequences of T tokens, N = B·T, P = N·K routed rows, D model width, F expert width, E experts, K chosen.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ from torch import Tensor, nn
 
 import kernels
 from model.config import ModelConfig
+from model.dropping import kept_rows
 from model.layers import SwiGLU
-from model.router import Router, sequence_balance_loss
+from model.router import Routing, build_router
 
 
 class Balance(NamedTuple):
-    """What one MoE layer reports: tokens per routed expert, int64, and the sequence-wise loss (fp32 scalar)."""
+    """What one MoE layer reports.
+
+    load_E: rows that chose each routed expert, int64. dropped: how many of them were over capacity, int64 scalar; None
+    where none can be. routing: what the balance losses are made of.
+    """
 
     load_E: Tensor
-    loss: Tensor
+    dropped: Tensor | None
+    routing: Routing
 
 
 class Experts(nn.Module):
@@ -47,23 +53,29 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_experts = config.n_routed_experts
-        self.router = Router(config)
+        self.config = config
+        self.router = build_router(config)
         self.experts = Experts(config)
         shared = config.n_shared_experts * config.moe_d_ff
         self.shared = SwiGLU(config.d_model, shared) if shared else None
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Balance]:
+    def forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> tuple[Tensor, Balance]:
+        """`tokens_BT` are the ids that the states stand at. Rows over capacity are dropped in training mode alone."""
         x_ND = x_BTD.flatten(0, 1)
-        gates_NK, indices_NK, scores_NE = self.router(x_ND)
-        order = kernels.permutation(indices_NK, self.n_experts, x_ND.dtype)
+        routing = self.router(x_ND, tokens_BT.flatten())
+        gates_NK, dropped = routing.gates_NK, None
+        if self.training and self.config.capacity_factor is not None:
+            kept_NK = kept_rows(self.config, routing, tokens_BT)
+            gates_NK, dropped = gates_NK * kept_NK, (~kept_NK).sum()
+        order = kernels.permutation(routing.indices_NK, self.config.n_routed_experts, x_ND.dtype)
         y_ND = self.experts(x_ND, gates_NK, order)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD), Balance(order.load_E, sequence_balance_loss(scores_NE, indices_NK, len(x_BTD)))
+        return y_ND.view_as(x_BTD), Balance(order.load_E, dropped, routing)
 
-    def decode(self, x_ND: Tensor) -> Tensor:
-        """`forward` without the bookkeeping of balance."""
-        gates_NK, indices_NK, _ = self.router(x_ND)
-        y_ND = self.experts(x_ND, gates_NK, kernels.permutation(indices_NK, self.n_experts, x_ND.dtype))
+    def decode(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        """`forward` without the bookkeeping of balance; nothing is dropped."""
+        gates_NK, indices_NK, _ = self.router(x_ND, tokens_N)
+        order = kernels.permutation(indices_NK, self.config.n_routed_experts, x_ND.dtype)
+        y_ND = self.experts(x_ND, gates_NK, order)
         return y_ND if self.shared is None else y_ND + self.shared(x_ND)

@@ -42,14 +42,16 @@ class AdamW(torch.optim.Optimizer):
     def step(self, scale: float = 1.0) -> None:  # type: ignore[override]
         """One step on the gradients times `scale`; a weight without a gradient stays as it is."""
         for group in self.param_groups:
-            weights = [weight for weight in group["params"] if _gradient(weight) is not None]
-            # On CPU, torch's own step takes all the small fp32 tensors in one call.
-            batched = [w for w in weights if not w.is_cuda and w.dtype == self.moment_dtype == torch.float32]
-            if batched:
-                self._step_together(batched, group, scale)
-            for weight in weights:
-                if weight.is_cuda or not batched:
-                    self._step_one(weight, group, scale)
+            together, alone = [], []
+            for weight in group["params"]:
+                if _gradient(weight) is not None:
+                    # On CPU, torch's own step takes all the small fp32 tensors in one call.
+                    plain = not weight.is_cuda and weight.dtype == self.moment_dtype == torch.float32
+                    (together if plain else alone).append(weight)
+            if together:
+                self._step_together(together, group, scale)
+            for weight in alone:
+                self._step_one(weight, group, scale)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every tensor keeps its dtype: torch would cast state to that of the weights."""

@@ -1,7 +1,11 @@
 """The published architectures, ready to plan with, to build on the meta device or to train.
 
-Figures: DeepSeek LLM (2401.02954) table 2; DeepSeekMoE (2401.06066) section 5.1.2; DeepSeek-V2 (2405.04434) section
-3.1.2 and appendix B (V2-Lite); DeepSeek-V3 (2412.19437) section 4.2; context extension by YaRN to 128K in V2 and V3.
+Figures: DeepSeek LLM (2401.02954) table 2; DeepSeekMoE (2401.06066) sections 4.1 and 5.1.2; DeepSeek-V2 (2405.04434)
+section 3.1.2 and appendix B (V2-Lite); DeepSeek-V3 (2412.19437) section 4.2; context extension by YaRN to 128K in V2
+and V3.
+
+DeepSeekMoE 2B gives no FFN width, only that an expert's is a quarter of it. 3456 is 8/3·d_model, rounded up to what
+divides well, and gives the printed 2.0B and, with 1.5 times the expert parameters, GShard's 2.9B.
 """
 
 from __future__ import annotations
@@ -17,6 +21,11 @@ _V2 = {**_MLA, **_YARN, "vocab_size": 102400, "score_function": "softmax", "n_de
 _PRESETS = {
     "v1_7b": {**_LLM, "d_model": 4096, "n_layers": 30, "n_heads": 32, "d_ff": 11008},
     "v1_67b": {**_LLM, "d_model": 8192, "n_layers": 95, "n_heads": 64, "n_kv_heads": 8, "d_ff": 22016},
+    "moe_2b": {
+        **{"vocab_size": 8192, "max_position": 2048, "score_function": "softmax"},
+        **{"d_model": 1280, "n_layers": 9, "n_heads": 10, "d_ff": 3456},
+        **{"n_routed_experts": 63, "n_activated_experts": 7, "n_shared_experts": 1, "moe_d_ff": 864},
+    },
     "moe_16b": {
         **{"vocab_size": 102400, "max_position": 4096, "score_function": "softmax"},
         **{"d_model": 2048, "n_layers": 28, "n_heads": 16, "d_ff": 10944, "n_dense_layers": 1},

@@ -1,12 +1,23 @@
-"""Routing: which experts a token visits, and what keeps them evenly loaded.
+"""Routing: which experts a token visits, with which gates, and the biases that keep the experts evenly loaded.
 
-V3 (section 2.1.2) and Loss-Free Balancing (2408.15664): affinities are sigmoids, a bias per expert takes part in the
-choice and in nothing else, and after each step the bias of an overloaded expert falls by γ and that of an
-underloaded one rises. V2 and DeepSeekMoE: affinities are a softmax, gates are not renormalised, no bias.
-Letters: N tokens, B sequences of T tokens, E experts, K chosen, D width, L layers with experts.
+| `router`, `score_function` | affinities | choice | gates |
+|-|-|-|-|
+| deepseek, sigmoid: V3 (2412.19437, section 2.1.2) | sigmoid | K best with bias, in the best groups by two | sum to 1 |
+| deepseek, softmax: V2 (2405.04434, section 2.2.2) | softmax | K best, in the best groups by one | affinities |
+| the same, one group: DeepSeekMoE (2401.06066, section 3) | softmax | K best | affinities |
+| gshard (2006.16668, algorithm 1) | softmax | 2 best | sum to 1 |
+| switch (2101.03961, section 2.1) | softmax | the best | affinities |
+| hash (2106.04426, section 3) | none | a fixed random hash of the token id | 1 |
+
+Loss-Free Balancing (2408.15664) is V3's: after each step the bias of an overloaded expert falls by γ and that of an
+underloaded one rises. GShard's random dispatch to the second expert is left out: its authors' code has it off by
+default, and DeepSeekMoE, whose baseline this is, does not mention it. Balance losses are in `model.balance`, capacities
+in `model.dropping`. Letters: N tokens, E experts, K chosen, D width, L layers with experts.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +27,35 @@ import kernels
 from model.config import ModelConfig
 
 
+class Routing(NamedTuple):
+    """Gates [N, K] (fp32), chosen experts [N, K] (int64), affinities [N, E] (fp32; None where none are learnt)."""
+
+    gates_NK: Tensor
+    indices_NK: Tensor
+    scores_NE: Tensor | None
+
+
+def build_router(config: ModelConfig) -> Router | HashRouter:
+    return HashRouter(config) if config.router == "hash" else Router(config)
+
+
 class Router(nn.Module):
-    """Affinities, choice and gates, all in fp32 whatever the model computes in."""
+    """Affinities, choice and gates by a learnt matrix, all in fp32 whatever the model computes in."""
 
     bias: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.sigmoid = config.score_function == "sigmoid"
+        self.renormalised = self.sigmoid or config.router == "gshard"
         self.n_activated = config.n_activated_experts
         self.n_groups, self.n_limited_groups = config.n_groups, config.n_limited_groups
         self.route_scale = config.route_scale
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.d_model))
         self.register_buffer("bias", torch.zeros(config.n_routed_experts))
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gates [N, K] (fp32), chosen experts [N, K] (int64) and affinities [N, E] (fp32)."""
+    def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Routing:
+        """Routes by the states; the token ids are `HashRouter`'s."""
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if self.sigmoid else logits_NE.softmax(-1)
         indices_NK = kernels.route(
@@ -43,33 +67,46 @@ class Router(nn.Module):
             group_top=2 if self.sigmoid else 1,
         )
         gates_NK = scores_NE.gather(1, indices_NK)
-        if self.sigmoid:
+        if self.renormalised:
             gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
-        return gates_NK * self.route_scale, indices_NK, scores_NE
+        return Routing(gates_NK * self.route_scale, indices_NK, scores_NE)
 
 
-def sequence_balance_loss(scores_NE: Tensor, indices_NK: Tensor, batch: int) -> Tensor:
-    """V3 equations 17-20 without their α: Σ_e f_e·P_e for each sequence, averaged over the batch; 1 when balanced.
+class HashRouter(nn.Module):
+    """Nothing is learnt: a token id goes to the same expert for ever, in every layer to the one of the same number."""
 
-    f_e counts the experts really visited, bias included, since that is the load to be balanced.
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_experts, self.route_scale = config.n_routed_experts, config.route_scale
+
+    def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Routing:
+        indices_NK = (scramble(tokens_N) % self.n_experts)[:, None]
+        gates_NK = torch.full(indices_NK.shape, self.route_scale, device=x_ND.device)
+        return Routing(gates_NK, indices_NK, None)
+
+
+def scramble(numbers: Tensor) -> Tensor:
+    """A fixed pseudo-random bijection of [0, 2³²), int64 to int64: the finalizer of MurmurHash3.
+
+    Chance that must not depend on batch, rank, step or a generator's state comes from here.
     """
-    scores_BTE = scores_NE.unflatten(0, (batch, -1))
-    n_experts, n_activated = scores_NE.shape[1], indices_NK.shape[1]
-    chosen_BX = indices_NK.reshape(batch, -1)
-    counts_BE = scores_BTE.new_zeros(batch, n_experts).scatter_add_(1, chosen_BX, torch.ones_like(chosen_BX).float())
-    frequency_BE = counts_BE * (n_experts / (n_activated * scores_BTE.shape[1]))
-    probability_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
-    return (frequency_BE * probability_BE).sum(-1).mean()
+    mask = 0xFFFFFFFF
+    x = numbers & mask
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & mask
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & mask
+    return x ^ (x >> 16)
 
 
 @torch.no_grad()
 def update_routing_bias(model: nn.Module, load_LE: Tensor, gamma: float) -> None:
-    """Move every router's bias by γ towards even load.
+    """Move every router's bias by γ towards even load; a hash has none.
 
     `load_LE` is `Output.load_LE`, tokens per expert, summed by the caller over micro-batches and ranks; its rows are
     in the order of the model's routers.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
+    if not routers:
+        return
     assert load_LE.shape[0] == len(routers), (load_LE.shape, len(routers))
     load_LE = load_LE.float()
     step_LE = gamma * (load_LE.mean(-1, keepdim=True) - load_LE).sign()

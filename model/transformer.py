@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kernels
 from model.attention import GroupedQueryAttention, LatentAttention
+from model.balance import BalanceWeights, balance_loss
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.moe import Balance, MoE
@@ -31,11 +32,13 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = MoE(config) if config.has_experts(layer) else SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> tuple[Tensor, Balance | None]:
+    def forward(
+        self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, mask_BTT: Tensor | None
+    ) -> tuple[Tensor, Balance | None]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask_BTT)
         h_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, MoE):
-            y_BTD, balance = self.ffn(h_BTD)
+            y_BTD, balance = self.ffn(h_BTD, tokens_BT)
             return x_BTD + y_BTD, balance
         return x_BTD + self.ffn(h_BTD), None
 
@@ -56,10 +59,10 @@ class MultiTokenPrediction(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
-        self, hidden_BTD: Tensor, embedded_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None
+        self, hidden_BTD: Tensor, embedded_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, mask_BTT: Tensor | None
     ) -> tuple[Tensor, Balance | None]:
         both = torch.cat([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], dim=-1)
-        x_BTD, balance = self.block(self.projection(both), rope, mask_BTT)
+        x_BTD, balance = self.block(self.projection(both), tokens_BT, rope, mask_BTT)
         return self.norm(x_BTD), balance
 
 
@@ -68,18 +71,30 @@ class Output:
 
     hidden_BTD: states behind the final norm. mtp_hidden: one [B, T − k, D] per MTP depth k = 1, 2, …
     load_LE: tokens per routed expert of each layer with experts (MTP's blocks last), int64; None for a dense model.
-    balance_loss: Σ over those layers of the sequence-wise balance loss, not scaled by α; 0 for a dense model.
+    dropped_L: how many of them were over capacity and dropped, int64; None where nothing can be.
     """
 
     def __init__(
-        self, head_VD: Tensor, hidden_BTD: Tensor, mtp_hidden: list[Tensor], balances: Iterable[Balance | None]
+        self,
+        config: ModelConfig,
+        head_VD: Tensor,
+        hidden_BTD: Tensor,
+        mtp_hidden: list[Tensor],
+        balances: Iterable[Balance | None],
     ) -> None:
-        routed = [balance for balance in balances if balance is not None]
-        self._head_VD = head_VD
+        self._config, self._head_VD = config, head_VD
+        self._balances = [balance for balance in balances if balance is not None]
         self.hidden_BTD, self.mtp_hidden = hidden_BTD, mtp_hidden
-        self.load_LE = torch.stack([balance.load_E for balance in routed]) if routed else None
-        losses = [balance.loss for balance in routed]
-        self.balance_loss = torch.stack(losses).sum() if losses else hidden_BTD.new_zeros((), dtype=torch.float32)
+        self.load_LE = torch.stack([balance.load_E for balance in self._balances]) if self._balances else None
+        dropped = [balance.dropped for balance in self._balances if balance.dropped is not None]
+        self.dropped_L = torch.stack(dropped) if dropped else None
+
+    def balance_loss(self, weights: BalanceWeights) -> Tensor:
+        """Σ over the layers with experts of their weighted balance losses, fp32 scalar; 0 for a dense model."""
+        losses = [
+            balance_loss(self._config, balance.routing, len(self.hidden_BTD), weights) for balance in self._balances
+        ]
+        return torch.stack(losses).sum() if losses else self.hidden_BTD.new_zeros((), dtype=torch.float32)
 
     @cached_property
     def logits_BTV(self) -> Tensor:  # noqa: N802
@@ -161,7 +176,7 @@ class Transformer(nn.Module):
         mask_BTT = None if document_BT is None else document_mask(document_BT)
         x_BTD, balances = embedded_BTD, []
         for block in self.blocks:
-            x_BTD, balance = block(x_BTD, rope, mask_BTT)
+            x_BTD, balance = block(x_BTD, tokens_BT, rope, mask_BTT)
             balances.append(balance)
         hidden_BTD = self.norm(x_BTD)
         mtp_hidden: list[Tensor] = []
@@ -170,10 +185,10 @@ class Transformer(nn.Module):
             previous = (mtp_hidden[-1] if mtp_hidden else hidden_BTD)[:, kept]
             short_rope = Rotation(rope.cos[..., kept, :], rope.sin[..., kept, :])
             short_mask = None if mask_BTT is None else mask_BTT[:, kept, kept]
-            hidden, balance = module(previous, embedded_BTD[:, depth:], short_rope, short_mask)
+            hidden, balance = module(previous, embedded_BTD[:, depth:], tokens_BT[:, depth:], short_rope, short_mask)
             mtp_hidden.append(hidden)
             balances.append(balance)
-        return Output(self.head_weight, hidden_BTD, mtp_hidden, balances)
+        return Output(self.config, self.head_weight, hidden_BTD, mtp_hidden, balances)
 
 
 def document_mask(document_BT: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from stages.training.data import TokenWindows
 from stages.training.job import Optimization, TrainJob
 from stages.training.launch import launch, summarize
 from stages.training.plots import plot_expert_load, plot_losses
-from stages.training.schedules import BatchRamp, LearningRate
+from stages.training.schedules import BatchRamp, LearningRate, batch_sizes
 from stages.training.validation import Validation
 
 
@@ -31,16 +31,21 @@ class PretrainConfig(Optimization):
     validation_every: int = Field(50, title="Validate every", description="Steps.", ge=1)
     validation_windows: int = Field(12, title="Validation windows", description="Per language.", ge=1)
 
+    def trained_model(self, vocab_size: int) -> ModelConfig:
+        """The model that a tokenizer of `vocab_size` makes of `model`."""
+        return self.model.replace(vocab_size=vocab_size, max_position=self.sequence_length)
 
-@stage(version=1, takes={"tokens": "tokens"}, makes="checkpoint")
+    def n_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return sum(batch_sizes(self.steps, self.batch_size, self.batch_ramp)) * self.sequence_length
+
+
+@stage(version=2, takes={"tokens": "tokens"}, makes="checkpoint")
 def pretrain(config: PretrainConfig, inputs: Inputs, ctx: Context) -> dict:
     """Train a language model from random weights on packed tokens."""
     tokens = str(inputs["tokens"].path)
     job = TrainJob(
-        model=config.model.replace(
-            vocab_size=load_tokenizer(tokens).vocab_size,
-            max_position=config.sequence_length,
-        ),
+        model=config.trained_model(load_tokenizer(tokens).vocab_size),
         optimization=config,
         data=TokenWindows(tokens, config.sequence_length, config.mask_documents),
         steps=config.steps,

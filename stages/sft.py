@@ -20,7 +20,7 @@ class SftConfig(SupervisedConfig):
 
 
 @stage(
-    version=1,
+    version=2,
     takes={"checkpoint": "checkpoint", "conversations": optional("conversations"), "problems": optional("problems")},
     makes="checkpoint",
 )

@@ -20,7 +20,7 @@ from infra.config import Config, nearest
 from infra.errors import ConfigError
 
 Values = Mapping[str, Any]
-RECIPES = ("tiny", "h100", "v1_67b", "moe_16b", "v2_lite", "v2", "v3")
+RECIPES = ("tiny", "h100", "v1_67b", "moe_2b", "moe_16b", "v2_lite", "v2", "v3")
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,8 @@ def to_published(config: ModelConfig) -> dict[str, Any]:
     """config.json. vLLM and SGLang read `topk_method` and `scoring_func` to tell V3's routing from V2's."""
     if not config.is_mla:
         raise ConfigError("only MLA models have a published deepseek_v3 or deepseek_v2 layout: set kv_lora_rank")
+    if config.router != "deepseek":
+        raise ConfigError(f"router {config.router!r} has no published layout: only router='deepseek' has one")
     sigmoid = config.score_function == "sigmoid"
     greedy = "greedy" if config.n_groups == 1 else "group_limited_greedy"
     published = {

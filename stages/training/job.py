@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from infra.config import Config, Field
+from model.balance import BalanceWeights
 from model.config import ModelConfig
 from stages.training.data import Data
 from stages.training.schedules import BatchRamp, LearningRate
@@ -22,7 +23,15 @@ class Optimization(Config):
     gradient_clip: float = Field(1.0, title="Gradient clip", description="Largest L2 norm of all gradients.", gt=0)
     mtp_weight: float = Field(0.3, title="MTP weight λ", description="Until 10T of V3's 14.8T tokens.", ge=0)
     mtp_weight_final: float = Field(0.1, title="Final MTP weight λ", description="From there on.", ge=0)
-    balance_alpha: float = Field(1e-4, title="Balance α", description="Weight of the sequence-wise loss.", ge=0)
+    balance_alpha: float = Field(
+        1e-4, title="Balance α", description="Of the sequence-wise (V3) or expert-level loss (MoE, V2: α₁).", ge=0
+    )
+    device_balance_alpha: float = Field(
+        0.0, title="Device balance α₂", description="Between groups of experts; V2: 0.05.", ge=0
+    )
+    communication_balance_alpha: float = Field(
+        0.0, title="Communication balance α₃", description="Of what a group receives; V2: 0.02.", ge=0
+    )
     bias_update_speed: float = Field(1e-3, title="Bias update speed γ", description="0 after 14.3T of 14.8T.", ge=0)
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", title="Precision", description="Of activations and products; bf16 weights keep fp32 masters."
@@ -30,6 +39,10 @@ class Optimization(Config):
     moments: Literal["fp32", "bf16"] = Field("fp32", title="Moments", description="Of AdamW; V3 keeps them in bf16.")
     micro_batch_size: int = Field(16, title="Micro-batch", description="Most rows of one forward pass of a rank.", ge=1)
     seed: int = Field(0, title="Seed", description="Initial weights and data order.", ge=0)
+
+    @property
+    def balance(self) -> BalanceWeights:
+        return BalanceWeights(self.balance_alpha, self.device_balance_alpha, self.communication_balance_alpha)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def summarize(job: TrainJob, result: TrainResult) -> dict[str, Scalar]:
         "train_workers": result.world,
         "skipped_steps": progress.skipped,
     }
-    for name in ("loss", "mtp_loss", "max_violation", "global_max_violation", "bias_drift"):
+    for name in ("loss", "mtp_loss", "max_violation", "global_max_violation", "bias_drift", "drop_rate"):
         if (value := result.last(name)) is not None:
             summary[name] = value
     for language in result.languages:

@@ -1,4 +1,4 @@
-"""Training losses: next-token cross-entropy under a mask, multi-token prediction, sequence-wise balance.
+"""Training losses: next-token cross-entropy under a mask, multi-token prediction, balance.
 
 Legend: B sequences, T positions, D width, V vocabulary, k depth (0 next-token, 1… the MTP modules).
 
@@ -40,9 +40,9 @@ def cross_entropy_sum(hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, m
     return kernels.linear_cross_entropy(hidden_ND, head_VD, targets_N)
 
 
-def total_loss(main: Tensor, mtp: list[Tensor], balance: Tensor, mtp_lambda: float, balance_alpha: float) -> Tensor:
-    """L = L_main + λ/D·Σ_k L_MTP^k + α·L_balance over D depths (V3, equations 17 and 25); all are shares of means."""
-    loss = main + balance_alpha * balance
+def total_loss(main: Tensor, mtp: list[Tensor], balance: Tensor, mtp_lambda: float) -> Tensor:
+    """L = L_main + λ/D·Σ_k L_MTP^k + L_balance over D depths (V3, equation 25), shares of means; α is in L_balance."""
+    loss = main + balance
     if mtp:
         loss = loss + mtp_lambda / len(mtp) * torch.stack(mtp).sum()
     return loss

@@ -85,7 +85,7 @@ class Trainer:
         self.loads_LE = torch.zeros(self.load_shape, device=ranks.device)  # since the last validation
         self.bucket = GradientBucket(
             list(self.model.parameters()),
-            n_statistics=3 + self.loads_LE.numel(),
+            n_statistics=4 + self.loads_LE.numel(),
             sums=ranks.world > 1 or max(self.batch_sizes) > self.micro_batch,
         )
         self.progress = Progress()
@@ -127,8 +127,8 @@ class Trainer:
             self._backward(batch, counts, len(batch.tokens_BT) / sequences, mtp_lambda)
         bucket.reduce(self.ranks)
         norm = bucket.norm()
-        main, mtp, balance = bucket.statistics[:3].tolist()
-        loads_LE = bucket.statistics[3:].view(self.load_shape)
+        main, mtp, balance, dropped = bucket.statistics[:4].tolist()
+        loads_LE = bucket.statistics[4:].view(self.load_shape)
         if math.isfinite(norm) and math.isfinite(main):
             self._update(rate, norm, loads_LE if share < schedules.V3_BIAS_UNTIL else None)
         else:
@@ -143,6 +143,8 @@ class Trainer:
         if loads_LE.numel():
             row |= {"balance_loss": balance, "max_violation": max_violation(loads_LE)}
             row["bias_drift"] = bias_drift(self.model)
+            if self.job.model.capacity_factor is not None:
+                row["drop_rate"] = dropped / float(loads_LE.sum())
         return row
 
     def _read(self, sequences: int) -> list[Batch]:
@@ -181,13 +183,15 @@ class Trainer:
             / counts[depth]
             for depth, hidden_BTD in enumerate([out.hidden_BTD, *out.mtp_hidden])
         ]
-        balance = out.balance_loss * share
-        total_loss(losses[0], losses[1:], balance, mtp_lambda, self.job.optimization.balance_alpha).backward()
+        balance = out.balance_loss(self.job.optimization.balance) * share
+        total_loss(losses[0], losses[1:], balance, mtp_lambda).backward()
         mtp = torch.stack(losses[1:]).mean() if len(losses) > 1 else torch.zeros_like(balance)
         self.bucket.collect()
         self.bucket.statistics[:3] += torch.stack([losses[0], mtp, balance]).detach()
         if out.load_LE is not None:
-            self.bucket.statistics[3:] += out.load_LE.flatten()
+            self.bucket.statistics[4:] += out.load_LE.flatten()
+        if out.dropped_L is not None:
+            self.bucket.statistics[3] += out.dropped_L.sum()
 
     def _update(self, rate: float, norm: float, loads_LE: Tensor | None) -> None:
         """AdamW at `rate` on clipped gradients, then the routing biases by the step's loads (None: they are frozen)."""
@@ -211,7 +215,9 @@ class Trainer:
 
     def _validate(self) -> dict[str, Any]:
         """Bits per byte by language, and how the experts were loaded since the last time."""
+        self.model.eval()  # nothing is dropped where the model is measured
         found = bits_per_byte(self.model, self.sets, self.ranks, self.micro_batch // self.ranks.world)
+        self.model.train()
         row: dict[str, Any] = {f"bits_per_byte_{language}": value for language, value in found.items()}
         if self.loads_LE.any():
             row |= {"global_max_violation": max_violation(self.loads_LE), "load": self.loads_LE.int().tolist()}
@@ -248,4 +254,4 @@ def max_violation(loads_LE: Tensor) -> float:
 
 def bias_drift(model: Transformer) -> float:
     """How far the furthest routing bias has moved from 0."""
-    return max(float(module.bias.abs().max()) for module in model.modules() if isinstance(module, Router))
+    return max((float(m.bias.abs().max()) for m in model.modules() if isinstance(m, Router)), default=0.0)

@@ -170,10 +170,48 @@ def test_only_what_makes_something_says_that_it_goes_on(
 def test_a_plan_is_machine_readable_and_says_why(tmp_path: Path) -> None:
     steps = json.loads(fathom(tmp_path, "plan", "corpus", "--json").stdout)
     assert steps[0]["node"] == "ingest_api_zh"
-    assert all({"node", "stage", "id", "state", "why", "inputs", "config"} <= set(step) for step in steps)
+    assert all({"node", "stage", "id", "state", "why", "inputs", "config", "model"} <= set(step) for step in steps)
     blocked = fathom(tmp_path, "plan", "corpus", "--only", "tokenize", "--json")
     assert blocked.exit_code == 4
     assert json.loads(blocked.stdout)[-1]["state"] == "blocked"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "total", "active", "embedding", "tokens", "cache"),
+    [
+        # Four layers of attention and norms, a dense FFN, three of nine experts and a gate, the last norm, the tables;
+        # six experts a layer idle; 64 + 16 numbers cached a layer.
+        (
+            "tiny",
+            4 * (67_584 + 320) + 147_456 + 3 * (9 * 49_152 + 1024) + 128 + 524_288,
+            4 * (67_584 + 320) + 147_456 + 3 * (3 * 49_152 + 1024) + 128 + 524_288,
+            2 * 2048 * 128,
+            560 * 16 * 128,
+            2 * 4 * 80,
+        ),
+        # DeepSeek-V3: 671B and 37B, 14.8T tokens; 61 layers of 576 cached numbers.
+        ("v3", 671e9, 37e9, 2 * 129280 * 7168, 14.8e12, 2 * 61 * 576),
+    ],
+)
+def test_a_plan_counts_the_models_that_it_trains_from_random_weights(
+    tmp_path: Path, recipe: str, total: float, active: float, embedding: int, tokens: float, cache: int
+) -> None:
+    arguments = ["plan", "line", "--recipe", recipe]
+    steps = {step["node"]: step for step in json.loads(fathom(tmp_path, *arguments, "--json").stdout)}
+    counted = [name for name, step in steps.items() if step["model"]]
+    assert counted == ["pretrain", "student_base_llama", "student_base_qwen"]
+    model = steps["pretrain"]["model"]
+    assert model["parameters"] - model["mtp_parameters"] == pytest.approx(total, rel=0.001)
+    assert model["active_parameters"] == pytest.approx(active, rel=0.02)
+    assert model["embedding_parameters"] == embedding
+    assert model["training_tokens"] == pytest.approx(tokens, rel=1e-4)
+    assert model["training_flops"] == model["training_flops_per_token"] * model["training_tokens"]
+    # 6 FLOPs an active parameter, and as much again for attention and MTP at most.
+    assert 1 < model["training_flops_per_token"] / (6 * (model["active_parameters"] - embedding / 2)) < 2
+    assert model["cache_bytes_per_token"] == cache
+    shown = fathom(tmp_path, *arguments).stdout
+    assert all(f"{step['model']['training_flops']:.3g}" in shown for step in steps.values() if step["model"])
+    assert "KV cache" not in fathom(tmp_path, "plan", "corpus", "--recipe", recipe).stdout
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["stage"], ["chat"], ["up"], ["artifacts", "list"]])

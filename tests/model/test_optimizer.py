@@ -10,7 +10,11 @@ from model.config import ModelConfig
 from model.optimizer import build_optimizer
 from model.transformer import Transformer
 
-TINY = ModelConfig(family="llama", vocab_size=64, d_model=32, n_layers=2, n_heads=4, d_ff=48)
+# Gates stay fp32 beside bf16 experts, so one group holds both.
+TINY = ModelConfig(
+    **{"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48},
+    **{"n_routed_experts": 4, "n_activated_experts": 2, "moe_d_ff": 16},
+)
 
 
 def steps(model, optimizer, count, first=0, scale=1.0):

@@ -56,8 +56,8 @@ def test_without_masks_every_position_learns():
 
 def test_total_loss_weighs_mtp_by_its_mean_over_depths():
     main, mtp, balance = torch.tensor(2.0), [torch.tensor(3.0), torch.tensor(5.0)], torch.tensor(7.0)
-    assert float(total_loss(main, mtp, balance, 0.3, 0.01)) == pytest.approx(2 + 0.3 * (3 + 5) / 2 + 0.07)
-    assert float(total_loss(main, [], balance, 0.3, 0.0)) == 2
+    assert float(total_loss(main, mtp, balance, 0.3)) == pytest.approx(2 + 0.3 * (3 + 5) / 2 + 7)
+    assert float(total_loss(main, [], balance, 0.3)) == 2 + 7
 
 
 def test_the_users_turn_is_never_a_target(tokenizer):

@@ -166,6 +166,35 @@ def test_routing_biases_move_towards_balance_and_freeze_at_the_end(make_job, mic
         assert torch.equal(router.bias, before)
 
 
+def test_dropping_is_reported_never_measured_with_and_the_same_in_any_micro_batch(make_job, micro_v3, tokens_dir):
+    model = micro_v3.replace(n_groups=2, n_limited_groups=1, capacity_factor=1.0)
+    validation = Validation(str(tokens_dir), 32, windows=2, every=5)
+    whole = train(make_job(model, "whole", steps=5, validation=validation), ignore)
+    job = make_job(model, "parts", steps=5, validation=validation)
+    parts = train(replace(job, optimization=job.optimization.replace(micro_batch_size=1)), ignore)
+    torch.testing.assert_close(losses_of(parts), losses_of(whole), rtol=1e-4, atol=1e-4)
+    rates = [rate for _, rate in whole.values("drop_rate")]
+    assert rates == pytest.approx([rate for _, rate in parts.values("drop_rate")], abs=0.002)
+    assert 0.05 < rates[0] < 0.5
+    # Before the first step both models are the same, so a measurement that dropped would differ.
+    undropped = train(make_job(model.replace(capacity_factor=None), "all", steps=5, validation=validation), ignore)
+    assert whole.values("bits_per_byte_en")[0] == undropped.values("bits_per_byte_en")[0]
+    assert losses_of(whole)[0] != losses_of(undropped)[0]
+    assert "drop_rate" not in undropped.progress.rows[-1]
+
+
+def test_v2s_balance_losses_are_weighed_apart_and_added(make_job, micro_v3):
+    model = micro_v3.replace(score_function="softmax", n_groups=2, n_limited_groups=1, n_mtp=0)
+    alphas = {"balance_alpha": 0.003, "device_balance_alpha": 0.05, "communication_balance_alpha": 0.02}
+    none = dict.fromkeys(alphas, 0.0)
+    chosen = [*({**none, name: alpha} for name, alpha in alphas.items()), alphas]
+    with process_group() as ranks:
+        steps = [Trainer(make_job(model, str(n), options), ranks).step() for n, options in enumerate(chosen)]
+    *parts, total = (row["balance_loss"] for row in steps)
+    assert all(parts)
+    assert total == pytest.approx(sum(parts), rel=1e-5)
+
+
 def test_max_violation_is_zero_when_balanced_and_e_minus_one_when_one_expert_takes_all():
     assert max_violation(torch.tensor([[5.0, 5.0], [7.0, 7.0]])) == 0
     assert max_violation(torch.tensor([[8.0, 0.0, 0.0, 0.0]])) == 3
