@@ -1,0 +1,68 @@
+"""How large a model is, and which shape a ladder takes for a wanted size.
+
+The measure of size is V1's M: training FLOPs per token without the embedding and the head, 72·n_layer·d² +
+12·n_layer·d·l_seq for multi-head attention and an FFN of 8/3·d (DeepSeek LLM, section 3.2). It is counted
+here from the config itself, so that grouped queries, latent attention and experts count as what they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+from infra.errors import ConfigError
+from model.config import ModelConfig
+
+TOLERANCE = 0.10  # a shape's M may differ from the wanted one by this share
+GRANULE = 8  # what widths other than the model's are multiples of
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """M: non-embedding training FLOPs per token (of the activated experts, without multi-token prediction)."""
+    return model.flops_per_token(sequence_length) - 6 * model.vocab_size * model.d_model
+
+
+def at_shape(base: ModelConfig, n_heads: int, n_layers: int) -> ModelConfig:
+    """`base` with other depth and width: heads keep their widths, everything else grows with the number of heads."""
+    share = n_heads / base.n_heads
+    kv_heads = max(n for n in range(1, n_heads + 1) if n_heads % n == 0 and n <= max(1, base.n_kv_heads * share))
+    widths = {name: getattr(base, name) for name in ("d_ff", "moe_d_ff", "q_lora_rank", "kv_lora_rank")}
+    return base.replace(
+        d_model=base.d_model // base.n_heads * n_heads,
+        n_heads=n_heads,
+        n_kv_heads=kv_heads,
+        n_layers=n_layers,
+        n_dense_layers=min(base.n_dense_layers, n_layers),
+        **{name: GRANULE * max(1, round(width * share / GRANULE)) for name, width in widths.items() if width},
+    )
+
+
+def shape_for(base: ModelConfig, scale: float, sequence_length: int) -> ModelConfig:
+    """The model of `scale` FLOPs per token whose depth and width are most nearly in the proportion of `base`.
+
+    Width grows by whole heads, depth by whole layers. Of the shapes whose M is within 10 % of `scale` it is the one
+    whose depth over width is nearest to the base's; raises ConfigError where no shape is that near.
+    """
+    if base.d_model % base.n_heads:
+        raise ConfigError(
+            f"model: d_model={base.d_model} is no multiple of n_heads={base.n_heads}: a ladder adds heads"
+        )
+    found: list[tuple[float, float, ModelConfig]] = []
+    n_heads = 1
+    while (first := flops_per_token(at_shape(base, n_heads, 1), sequence_length)) <= scale * (1 + TOLERANCE):
+        layer = flops_per_token(at_shape(base, n_heads, base.n_dense_layers + 2), sequence_length)
+        layer -= flops_per_token(at_shape(base, n_heads, base.n_dense_layers + 1), sequence_length)
+        more = max(0.0, (scale - first) / layer)
+        for n_layers in {1 + math.floor(more), 1 + math.ceil(more)}:
+            model = at_shape(base, n_heads, n_layers)
+            miss = abs(flops_per_token(model, sequence_length) / scale - 1)
+            proportion = abs(math.log(n_layers * base.n_heads / (n_heads * base.n_layers)))
+            found.append((proportion, miss, model))
+        n_heads += 1
+    near = [one for one in found if one[1] <= TOLERANCE]
+    if not near:
+        smallest = flops_per_token(at_shape(base, 1, 1), sequence_length)
+        raise ConfigError(
+            f"no shape like the base has M = {scale:.3g} FLOPs per token to within {TOLERANCE:.0%} (one head and one "
+            f"layer have {smallest:.3g}): choose another scale, or a base of narrower heads"
+        )
+    return min(near, key=lambda one: one[:2])[2]
