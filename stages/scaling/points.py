@@ -62,7 +62,7 @@ def plan_point(
     steps = round(compute / (scale * batch_size * sequence_length))
     if steps < MIN_STEPS:
         raise ConfigError(
-            f"compute {compute:.3g} at M = {scale:.3g} is {steps} steps of {batch_size} × {sequence_length} tokens, and "
+            f"compute {compute:.3g} at M = {scale:.3g} is {steps} steps of {batch_size} × {sequence_length} tokens; "
             f"{MIN_STEPS} are needed: lower that scale, batch_size or sequence_length, or raise the compute"
         )
     return Point(part, compute, model, peak, batch_size, steps, seed)

@@ -176,8 +176,8 @@ def _published() -> list[str]:
         *lines,
         "",
         f"The same fits on synthetic points, drawn from the published M_opt with {SYNTHETIC_NOISE:.1%} noise, a loss "
-        f"level and a curvature of our own: exponent {_interval(synthetic, '.4f')}, published {published.SCALE.b}. These "
-        "points are not the paper's data.",
+        f"level and a curvature of our own: exponent {_interval(synthetic, '.4f')}, published {published.SCALE.b}. "
+        "These points are not the paper's data.",
     ]
 
 

@@ -12,7 +12,7 @@ import math
 from infra.errors import ConfigError
 from model.config import ModelConfig
 
-TOLERANCE = 0.10  # a shape's M may differ from the wanted one by this share
+TOLERANCE = 0.20  # a shape's M may differ from the wanted one by this share
 GRANULE = 8  # what widths other than the model's are multiples of
 
 
@@ -37,32 +37,34 @@ def at_shape(base: ModelConfig, n_heads: int, n_layers: int) -> ModelConfig:
 
 
 def shape_for(base: ModelConfig, scale: float, sequence_length: int) -> ModelConfig:
-    """The model of `scale` FLOPs per token whose depth and width are most nearly in the proportion of `base`.
+    """The model nearest to `scale` FLOPs per token and to the base's proportion of depth to width.
 
-    Width grows by whole heads, depth by whole layers. Of the shapes whose M is within 10 % of `scale` it is the one
-    whose depth over width is nearest to the base's; raises ConfigError where no shape is that near.
+    Width grows by whole heads, depth by whole layers, and nearness is the sum of both deviations in logs. Raises
+    ConfigError where that shape's M is more than 20 % off.
     """
     if base.d_model % base.n_heads:
         raise ConfigError(
-            f"model: d_model={base.d_model} is no multiple of n_heads={base.n_heads}: a ladder adds heads"
+            f"model: d_model={base.d_model} must be a multiple of n_heads={base.n_heads}: a ladder adds heads"
         )
+
+    def size(n_heads: int, n_layers: int) -> int:
+        return flops_per_token(at_shape(base, n_heads, n_layers), sequence_length)
+
     found: list[tuple[float, float, ModelConfig]] = []
     n_heads = 1
-    while (first := flops_per_token(at_shape(base, n_heads, 1), sequence_length)) <= scale * (1 + TOLERANCE):
-        layer = flops_per_token(at_shape(base, n_heads, base.n_dense_layers + 2), sequence_length)
-        layer -= flops_per_token(at_shape(base, n_heads, base.n_dense_layers + 1), sequence_length)
-        more = max(0.0, (scale - first) / layer)
+    while size(n_heads, 1) <= scale * (1 + TOLERANCE):
+        layer = size(n_heads, base.n_dense_layers + 2) - size(n_heads, base.n_dense_layers + 1)
+        more = max(0.0, (scale - size(n_heads, 1)) / layer)
         for n_layers in {1 + math.floor(more), 1 + math.ceil(more)}:
             model = at_shape(base, n_heads, n_layers)
-            miss = abs(flops_per_token(model, sequence_length) / scale - 1)
+            miss = abs(math.log(size(n_heads, n_layers) / scale))
             proportion = abs(math.log(n_layers * base.n_heads / (n_heads * base.n_layers)))
-            found.append((proportion, miss, model))
+            found.append((miss + proportion, miss, model))
         n_heads += 1
-    near = [one for one in found if one[1] <= TOLERANCE]
+    near = [one for one in found if one[1] <= math.log(1 + TOLERANCE)]
     if not near:
-        smallest = flops_per_token(at_shape(base, 1, 1), sequence_length)
         raise ConfigError(
             f"no shape like the base has M = {scale:.3g} FLOPs per token to within {TOLERANCE:.0%} (one head and one "
-            f"layer have {smallest:.3g}): choose another scale, or a base of narrower heads"
+            f"layer have {size(1, 1):.3g}): choose another scale, or a base of narrower heads"
         )
     return min(near, key=lambda one: one[:2])[2]
