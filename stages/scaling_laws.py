@@ -182,8 +182,7 @@ class _Runs:
         """Rows of the points, in their order; finished ones are not trained again."""
         jobs = {point.key: self._job(point) for point in points}
         rows = {key: row for key, job in jobs.items() if (row := read_row(job)) is not None}
-        for row in rows.values():
-            self._finished(row)
+        self.rows += rows.values()
         # The longest first, so that the workers end together.
         waiting = sorted(set(jobs) - set(rows), key=lambda key: -jobs[key].point.flops(self.length))
         for key, row in zip(
@@ -238,7 +237,7 @@ class _Runs:
     def _finished(self, row: Row) -> None:
         self.rows.append(row)
         loss = {} if row["bits_per_byte"] is None else {"bits_per_byte": row["bits_per_byte"]}
-        self._report(self._spent(), points=len(self.rows), compute=row["compute"], scale=row["scale"], **loss)
+        self._report(self._spent(), points=len(self.rows), **loss, compute=row["compute"], scale=row["scale"])
 
     def _spent(self) -> float:
         return sum(row["train_flops"] for row in self.rows)

@@ -56,6 +56,8 @@ def fit_hyper(grids: Sequence[Grid], noise: float, seed: int = 0) -> HyperLaws:
     losses = [grid.losses_G * (1 + noise * rng.standard_normal((DRAWS, len(grid.losses_G)))) for grid in grids]
 
     def exponent(settings: Sequence[np.ndarray], law: PowerLaw) -> Estimate:
+        if len(np.unique(np.concatenate(settings))) == 1:
+            return Estimate(law.b)  # one value was tried: nothing is known of others
         moved = [values_G * np.exp(_step(values_G) * rng.uniform(-0.5, 0.5, (DRAWS, 1))) for values_G in settings]
         return estimate(law.b, _fit(grids, moved, losses)[1])
 
@@ -84,6 +86,6 @@ def _law(log_a: np.ndarray, b: np.ndarray) -> PowerLaw:
 
 
 def _step(values_G: np.ndarray) -> float:
-    """Mean distance of a grid's neighbours, in logs; 0 where only one value was tried."""
+    """Mean distance of a grid's neighbours, in logs; 0 where the grid has one value."""
     values = np.unique(values_G)
     return float(np.log(values[-1] / values[0]) / max(1, len(values) - 1))

@@ -128,7 +128,8 @@ def _laws(found: Findings) -> list[str]:
         rows.append(("B_opt", hyper.batch, hyper.batch_exponent, published.BATCH))
     lines = ["| law a·C^b | a | b | 95 % interval | b of DeepSeek LLM |", "|-|-|-|-|-|"]
     for name, law, exponent, theirs in rows:
-        lines.append(f"| {name} | {law.a:.4g} | {law.b:.4f} | {exponent.low:.3f} to {exponent.high:.3f} | {theirs.b} |")
+        interval = "not varied" if exponent.low is None else f"{exponent.low:.3f} to {exponent.high:.3f}"
+        lines.append(f"| {name} | {law.a:.4g} | {law.b:.4f} | {interval} | {theirs.b} |")
     loss = laws.loss
     return [
         *lines,

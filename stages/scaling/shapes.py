@@ -12,7 +12,7 @@ import math
 from infra.errors import ConfigError
 from model.config import ModelConfig
 
-TOLERANCE = 0.20  # a shape's M may differ from the wanted one by this share
+TOLERANCE = 1 / 3  # what a shape's M may exceed the wanted one by, or fall short of it
 GRANULE = 8  # what widths other than the model's are multiples of
 
 
@@ -40,7 +40,7 @@ def shape_for(base: ModelConfig, scale: float, sequence_length: int) -> ModelCon
     """The model nearest to `scale` FLOPs per token and to the base's proportion of depth to width.
 
     Width grows by whole heads, depth by whole layers, and nearness is the sum of both deviations in logs. Raises
-    ConfigError where that shape's M is more than 20 % off.
+    ConfigError where no shape's M is within a third.
     """
     if base.d_model % base.n_heads:
         raise ConfigError(

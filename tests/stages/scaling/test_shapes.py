@@ -53,7 +53,7 @@ def test_7b_differs_from_the_formula_by_its_ffn_and_67b_by_its_grouped_queries_t
 @pytest.mark.parametrize("scale", [2e6, 1e7, 1e8, 1e9])
 def test_a_shape_has_the_scale_asked_for_and_the_proportion_of_the_base(base, scale):
     model = shape_for(base, scale, 64)
-    assert flops_per_token(model, 64) == pytest.approx(scale, rel=0.20)
+    assert flops_per_token(model, 64) == pytest.approx(scale, rel=0.25)
     assert model.d_model / model.n_heads == base.d_model / base.n_heads
     assert model.head_dim == base.head_dim
     assert 0.6 < (model.n_layers / model.d_model) / (base.n_layers / base.d_model) < 1.7
