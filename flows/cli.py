@@ -63,7 +63,9 @@ Until = Annotated[str | None, typer.Option(metavar="NODE", help="Make it and wha
 Only = Annotated[str | None, typer.Option(metavar="NODE", help="Execute it alone, on what the store has.")]
 Force = Annotated[list[str] | None, typer.Option(metavar="NODE", help="Execute it again in a normal run.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="tiny, h100, or a published size (see fathom plan --help).")]
-PipelineName = Annotated[str, typer.Argument(metavar="PIPELINE", help="corpus, base, r1_zero, r1, distill or line.")]
+PipelineName = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help="corpus, scaling, base, r1_zero, r1, distill or line.")
+]
 
 
 @app.callback()

@@ -1,7 +1,8 @@
 """The line as a graph: which stages, on which inputs, in which order. Declarations only; nothing here runs anything.
 
 A node is one use of a stage, so a stage can appear several times (`grpo` is `r1_zero`, `reasoning_rl` and `final_rl`).
-`LINE` names every node once; a smaller pipeline is what its targets need of it.
+`LINE` names every node of the road once; a smaller pipeline is what its targets need of it, and `scaling` branches off
+from the corpus.
 """
 
 from __future__ import annotations
@@ -159,10 +160,17 @@ LINE = Pipeline(
     ),
 )
 
+_CORPUS = LINE.part("corpus", "Raw English, Chinese and code to packed tokens", ["tokenize"])
+
 PIPELINES: dict[str, Pipeline] = {
     pipeline.name: pipeline
     for pipeline in (
-        LINE.part("corpus", "Raw English, Chinese and code to packed tokens", ["tokenize"]),
+        _CORPUS,
+        Pipeline(
+            "scaling",
+            "Corpus to scaling laws: a ladder of small models and a held-out larger run",
+            (*_CORPUS.nodes, Node("scaling_laws", "scaling_laws", {"tokens": "tokenize"})),
+        ),
         LINE.part("base", "Corpus to the context-extended base model", ["evaluate_base"]),
         LINE.part("r1_zero", "Reinforcement learning straight from the base model", ["evaluate_r1_zero"]),
         LINE.part(

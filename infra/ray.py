@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import shutil
@@ -89,19 +90,24 @@ def ray_map(
     unit: str = "shards",
     total: int | None = None,
     threads: int = 1,
+    share_gpus: bool = False,
 ) -> Iterator[Any]:
     """Yield fn(item) in order, computed by Ray tasks of `threads` CPUs each, with few items in flight.
 
+    With `share_gpus` the tasks that run at once have an equal share of the GPUs each, if there are any: else none.
     `items` may be lazy. An exception of `fn` is raised here as itself; what is in flight then ends by itself, for
     `ray.cancel` of a task that is just being started aborts the driver (Ray 2.60, "task that was not pending").
     """
     import ray
 
     session()
-    remote = ray.remote(_with_threads).options(num_cpus=threads, max_retries=2, retry_exceptions=False)
+    resources = ray.cluster_resources()
+    at_once = max(1, int(resources.get("CPU", 1)) // threads)
+    gpus = min(1.0, math.floor(1000 * resources.get("GPU", 0) / at_once) / 1000) if share_gpus else 0
+    remote = ray.remote(_with_threads).options(num_cpus=threads, num_gpus=gpus, max_retries=2, retry_exceptions=False)
     items = list(items) if total is None else items
     total = len(items) if total is None else total  # type: ignore[arg-type]
-    flight = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
+    flight = 2 * at_once
     pending: list[Any] = []
     done = 0
     source = iter(items)

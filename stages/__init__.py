@@ -20,6 +20,7 @@ NAMES = (
     "tokenize",
     "pretrain",
     "extend_context",
+    "scaling_laws",
     "generate_problems",
     "sft",
     "grpo",

@@ -26,6 +26,7 @@ STUDENT_BASE = {
     "validation_every": 500,
     **GPU,
 }
+LADDER = {"family": "llama", "d_model": 512, "n_layers": 8, "n_heads": 16, "d_ff": 1408, "init_std": 0.02}
 RL = {
     "groups_per_step": 64,
     "group_size": 16,
@@ -66,6 +67,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "micro_batch_size": 32,
         "validation_every": 500,
         "validation_windows": 64,
+        **GPU,
+    },
+    "scaling_laws": {
+        "model": LADDER,
+        "sequence_length": 256,
+        "batch_size": 64,
+        "learning_rate": {"schedule": "multi_step_v1", "peak": 3e-3, "warmup_steps": 20},
+        "micro_batch_size": 96,
+        "hyper": {"budgets": [{"compute": 3e13, "scale": 6e6}, {"compute": 1e14, "scale": 1e7}]},
+        "budgets": [
+            {"compute": 3e13, "scales": [2e6, 4e6, 7e6, 1.3e7, 2.4e7]},
+            {"compute": 1e14, "scales": [3e6, 6e6, 1.2e7, 2.4e7, 4.8e7]},
+            {"compute": 3e14, "scales": [6e6, 1.2e7, 2e7, 4e7, 8e7]},
+        ],
+        "held_out": 1e15,
+        "validation_windows": 32,
         **GPU,
     },
     "extend_context": {

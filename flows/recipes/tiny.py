@@ -36,6 +36,9 @@ GRPO = {
 
 ZERO = {"rewards": {"accuracy": 1.0, "format": 0.1}}  # R1-Zero has no language reward (DeepSeek-R1, section 2.2)
 
+# At these budgets the best size is some 10⁴ FLOPs per token. Heads four wide let the width grow in small steps.
+LADDER = {"family": "llama", "d_model": 64, "n_layers": 2, "n_heads": 16, "d_ff": 176, "init_std": 0.1}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "ingest_api_zh": {"source": {"kind": "builtin", "name": "api_reference_zh"}, "max_bytes": 3_000_000},
     "ingest_api_en": {"source": {"kind": "builtin", "name": "api_reference_en"}, "max_bytes": 2_000_000},
@@ -65,6 +68,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "learning_rate": {"schedule": "v3", "peak": 2e-3, "warmup_steps": 20},
         "bias_update_speed": 1e-2,
         "validation_every": 140,
+    },
+    "scaling_laws": {
+        "model": LADDER,
+        "sequence_length": 64,
+        "batch_size": 8,
+        "learning_rate": {"schedule": "multi_step_v1", "peak": 1.5e-2, "warmup_steps": 5},
+        "hyper": {"budgets": [{"compute": 1e9, "scale": 2e4}, {"compute": 4e9, "scale": 3.2e4}]},
+        "budgets": [
+            {"compute": 2e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 6e4]},
+            {"compute": 4e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 7.8e4]},
+            {"compute": 8e9, "scales": [1.1e4, 2e4, 3.2e4, 6e4, 1e5]},
+            {"compute": 1.6e10, "scales": [2e4, 3.2e4, 4.5e4, 7.8e4, 1.2e5]},
+        ],
+        "held_out": 4e10,
     },
     "extend_context": {
         "phases": [
