@@ -80,6 +80,10 @@ class Cache:
         """The first slots of every row, [B, slots, W]."""
         return self._parts[0][:, :slots]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
     def _allocate(self, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         # Zeros: a masked slot takes part with weight 0, which garbage could turn into NaN.
         return [torch.zeros(rows, slots, self.width, dtype=dtype, device=device)]

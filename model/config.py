@@ -204,10 +204,15 @@ class ModelConfig(Config):
         block = self._block_matrices(self.n_layers, self.n_activated_experts) + attention // self.n_layers
         return main + 6 * self.n_mtp * (block + 2 * self.d_model**2 + self.vocab_size * self.d_model)
 
-    def cache_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """KV cache of one token: MLA keeps kv_lora_rank + rope numbers a layer, GQA keys and values of each kv head."""
-        per_layer = (self.kv_lora_rank or 0) + self.rope_dim if self.is_mla else 2 * self.n_kv_heads * self.head_dim
-        return self.n_layers * per_layer * bytes_per_element
+    def cache_bytes_per_token(self, bytes_per_element: int = 2, float8: bool = False) -> int:
+        """KV cache of one token: MLA keeps kv_lora_rank + rope numbers a layer, GQA keys and values of each kv head.
+
+        `float8` counts MLA's quantised cache: a byte for each number of the latent, and its fp32 scale.
+        """
+        if not self.is_mla:
+            return self.n_layers * 2 * self.n_kv_heads * self.head_dim * bytes_per_element
+        latent = (self.kv_lora_rank or 0) + 4 if float8 else (self.kv_lora_rank or 0) * bytes_per_element
+        return self.n_layers * (latent + self.rope_dim * bytes_per_element)
 
     def _count(self, experts: int) -> int:
         biases = self.n_layers * (self.n_heads + 2 * self.n_kv_heads) * self.head_dim if self.family == "qwen2" else 0
