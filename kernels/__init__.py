@@ -5,13 +5,15 @@ what is computed; today the same few implementations serve every device.
 """
 
 from kernels.autograd import apply_rope, rms_norm, swiglu
-from kernels.grouped import Permutation, grouped_gemm, permutation, permute, permute_gates, unpermute
+from kernels.grouped import Permutation, compact, grouped_gemm, permutation, permute, permute_gates, unpermute
+from kernels.inference import routed_experts
 from kernels.log_probs import linear_cross_entropy, linear_log_probs
 from kernels.reference import route
 
 __all__ = [
     "Permutation",
     "apply_rope",
+    "compact",
     "grouped_gemm",
     "linear_cross_entropy",
     "linear_log_probs",
@@ -20,6 +22,7 @@ __all__ = [
     "permute_gates",
     "rms_norm",
     "route",
+    "routed_experts",
     "swiglu",
     "unpermute",
 ]
