@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import inference
 from kernels.dispatch import implementation
 
 
@@ -27,6 +28,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
+    if torch.is_inference_mode_enabled():
+        return inference.rms_norm(x_ND, weight_D, eps)
     return _RMSNorm.apply(x_ND, weight_D, eps)
 
 
@@ -44,6 +47,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up_N2F: Tensor, scale_N: Tensor | None = None) -> Tensor:
     """`reference.swiglu`; keeps its input alone and recomputes the rest, as DeepSeek-V3 does (section 3.2.3)."""
+    if torch.is_inference_mode_enabled():
+        return inference.swiglu(gate_up_N2F, scale_N)
     return _SwiGLU.apply(gate_up_N2F, scale_N)
 
 
@@ -60,6 +65,8 @@ class _Rope(torch.autograd.Function):
 
 def apply_rope(x_ND: Tensor, cos_NR2: Tensor, sin_NR2: Tensor) -> Tensor:
     """`reference.apply_rope`."""
+    if torch.is_inference_mode_enabled():
+        return inference.apply_rope(x_ND, cos_NR2, sin_NR2)
     return _Rope.apply(x_ND, cos_NR2, sin_NR2)
 
 

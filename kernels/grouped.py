@@ -42,12 +42,16 @@ class Permutation(NamedTuple):
 
 def permutation(indices_NK: Tensor, n_experts: int, dtype: torch.dtype) -> Permutation:
     """The stable order that gathers every expert's rows, in the layout that suits products in `dtype` there."""
-    # grouped_mm is bf16 alone on CUDA; on CPU it is the other dtypes that it is fast in.
-    if (indices_NK.device.type == "cuda") == (dtype == torch.bfloat16):
+    if compact(indices_NK.device, dtype):
         return layout(indices_NK, n_experts, tile=1)
     # The largest tile that keeps padding below the real rows.
     tile = max([size for size in TILES if size * n_experts <= indices_NK.numel()] or TILES[:1])
     return layout(indices_NK, n_experts, tile)
+
+
+def compact(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `grouped_mm` is fast there: it is bf16 alone on CUDA, and on CPU all dtypes but bf16."""
+    return (device.type == "cuda") == (dtype == torch.bfloat16)
 
 
 def layout(indices_NK: Tensor, n_experts: int, tile: int) -> Permutation:

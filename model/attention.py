@@ -1,12 +1,13 @@
 """Attention: grouped-query (GQA) and DeepSeek's multi-head latent attention (MLA; V2 section 2.1, V3 section 2.1.1).
 
 Both project the input once (`qkv`, one concatenated matrix), can attend over a whole sequence (`forward`), and can
-attend over a cache (`prefill` then `decode`). A cache is a tensor that the caller owns:
+attend over a cache (`prefill` then `decode`, which takes one token a row or a few). A cache (`model.cache`) keeps of
+each token:
 
-- MLA: [B, S, C + R], the normalised latent and the rotated shared key, nothing per head. Decoding never rebuilds
-  keys or values: W_UK is absorbed into the query and W_UV applied after the weighted sum of latents, so one token
+- MLA: C + R numbers, the normalised latent and the rotated shared key, nothing per head. Decoding never rebuilds
+  keys or values: W_UK is absorbed into the query and W_UV applied after the weighted sum of latents, so a token
   is multi-query attention with heads of width C + R.
-- GQA: [B, 2·KV, S, Dh], keys then values.
+- GQA: 2·KV·Dh numbers, the keys of every head, then the values.
 
 Letters: B batch, T query tokens, S cache slots, D model width, H heads, KV key/value heads, Dh head width, N/R/Vh
 widths of a head's unrotated part, rotary part and value, C = kv_lora_rank.
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
+from infra.errors import ConfigError
+from model.cache import Cache, Float8Cache, Step
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm
 from model.rope import Rotation, softmax_scale
@@ -48,29 +51,30 @@ class GroupedQueryAttention(nn.Module):
         """Attend within the sequence: causally, or where `mask_BTT` is true (it must then be causal itself)."""
         return self._attend(*self._project(x_BTD, rope), mask_BTT)
 
-    def cache(self, batch: int, slots: int) -> Tensor:
-        return self.out.weight.new_empty(batch, 2 * self.n_kv_heads, slots, self.head_dim)
+    def cache(self, float8: bool = False) -> Cache:
+        """An empty cache; ConfigError if it should be float8, which is for MLA's latent."""
+        if float8:
+            raise ConfigError("a float8 cache keeps MLA's latent, and this model has none: drop cache_dtype")
+        return Cache(2 * self.n_kv_heads * self.head_dim)
 
-    def prefill(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None, cache: Tensor) -> Tensor:
-        """`forward` that also writes the first T slots of the cache."""
+    def prefill(self, x_BTD: Tensor, rope: Rotation, cache: Cache) -> Tensor:
+        """`forward`, causal, that also fills the cache."""
         q, k, v = self._project(x_BTD, rope)
-        cache[:, : self.n_kv_heads, : x_BTD.shape[1]] = k
-        cache[:, self.n_kv_heads :, : x_BTD.shape[1]] = v
-        return self._attend(q, k, v, mask_BTT)
+        cache.fill(torch.cat([k, v], dim=1).transpose(1, 2).flatten(2))
+        return self._attend(q, k, v, None)
 
-    def decode(self, x_BD: Tensor, rope: Rotation, mask_BS: Tensor, cache: Tensor) -> Tensor:
-        """One token per row into slot S − 1, with `mask_BS` (0 or -inf) added to the scores."""
-        slots = mask_BS.shape[1]
-        q, k, v = self._project(x_BD.unsqueeze(1), rope)
-        cache[:, : self.n_kv_heads, slots - 1 : slots] = k
-        cache[:, self.n_kv_heads :, slots - 1 : slots] = v
-        # The queries of one key/value head stand where a sequence would: no key is repeated.
-        q_BKGd = q.view(q.shape[0], self.n_kv_heads, -1, self.head_dim)
-        k_BKSd, v_BKSd = cache[:, :, :slots].chunk(2, dim=1)
-        y_BKGd = F.scaled_dot_product_attention(
-            q_BKGd, k_BKSd, v_BKSd, attn_mask=mask_BS[:, None, None, :], scale=self.scale
-        )
-        return self.out(y_BKGd.flatten(1))
+    def decode(self, x_BTD: Tensor, step: Step, cache: Cache) -> Tensor:
+        """Keep T new tokens a row, then let each see the slots that the step's mask leaves it."""
+        q, k, v = self._project(x_BTD, step.rope)
+        cache.write(step.index_N, torch.cat([k, v], dim=1).transpose(1, 2).flatten(0, 1).flatten(1))
+        cached_BSXd = cache.read(step.mask_BTS.shape[-1]).unflatten(-1, (2 * self.n_kv_heads, self.head_dim))
+        k_BKSd, v_BKSd = cached_BSXd.transpose(1, 2).chunk(2, dim=1)
+        # The T·G queries of one key/value head stand where a sequence would: no key is repeated.
+        groups = self.n_heads // self.n_kv_heads
+        q_BKXd = q.unflatten(1, (-1, groups)).transpose(2, 3).flatten(2, 3)
+        mask_BTS = step.mask_BTS if x_BTD.shape[1] == 1 else step.mask_BTS.repeat_interleave(groups, dim=1)
+        y_BKXd = F.scaled_dot_product_attention(q_BKXd, k_BKSd, v_BKSd, attn_mask=mask_BTS[:, None], scale=self.scale)
+        return self.out(y_BKXd.unflatten(2, (-1, groups)).permute(0, 2, 1, 3, 4).flatten(2))
 
     def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         heads_BTHd = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -110,34 +114,40 @@ class LatentAttention(nn.Module):
         """Attend within the sequence: causally, or where `mask_BTT` is true (it must then be causal itself)."""
         return self._attend(*self._project(x_BTD, rope), mask_BTT)
 
-    def cache(self, batch: int, slots: int) -> Tensor:
-        return self.out.weight.new_empty(batch, slots, self.rank + self.rope_dim)
+    def cache(self, float8: bool = False) -> Cache:
+        """An empty cache, its latents in float8 or in the dtype of the activations."""
+        width = self.rank + self.rope_dim
+        return Float8Cache(width, self.rank) if float8 else Cache(width)
 
-    def prefill(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None, cache: Tensor) -> Tensor:
-        """`forward` that also writes the first T slots of the cache."""
+    def prefill(self, x_BTD: Tensor, rope: Rotation, cache: Cache) -> Tensor:
+        """`forward`, causal, that also fills the cache."""
         q_BTHd, latent_BTL = self._project(x_BTD, rope)
-        cache[:, : x_BTD.shape[1]] = latent_BTL
-        return self._attend(q_BTHd, latent_BTL, mask_BTT)
+        cache.fill(latent_BTL)
+        return self._attend(q_BTHd, latent_BTL, None)
 
-    def decode(self, x_BD: Tensor, rope: Rotation, mask_BS: Tensor, cache: Tensor) -> Tensor:
-        """One token per row into slot S − 1, with `mask_BS` (0 or -inf) added to the scores."""
-        slots = mask_BS.shape[1]
-        q_BTHd, latent_BTL = self._project(x_BD.unsqueeze(1), rope)
-        cache[:, slots - 1 : slots] = latent_BTL
+    def decode(self, x_BTD: Tensor, step: Step, cache: Cache) -> Tensor:
+        """Keep T new tokens a row, then let each see the slots that the step's mask leaves it."""
+        batch, length, _ = x_BTD.shape
+        q_BTHd, latent_BTL = self._project(x_BTD, step.rope)
+        cache.write(step.index_N, latent_BTL.flatten(0, 1))
         up_HUC = self.kv_up.weight.view(self.n_heads, -1, self.rank)
         key_HnC, value_HvC = up_HUC.split([self.nope_dim, self.value_dim], dim=1)
-        q_BHn, q_BHr = q_BTHd[:, 0].split([self.nope_dim, self.rope_dim], dim=-1)
-        q_HBC = torch.bmm(q_BHn.transpose(0, 1), key_HnC)
-        q_BHL = torch.cat([q_HBC.transpose(0, 1), q_BHr], dim=-1)
-        # Heads stand where a sequence would. Keys and values are both the cache itself (a fused kernel wants equal
-        # widths), so the sum's rotary part is computed and dropped.
-        cache_B1SL = cache[:, None, :slots]
-        y_B1HL = F.scaled_dot_product_attention(
-            q_BHL.unsqueeze(1), cache_B1SL, cache_B1SL, attn_mask=mask_BS[:, None, None, :], scale=self.scale
+        q_NHn, q_NHr = q_BTHd.flatten(0, 1).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_HNC = torch.bmm(q_NHn.transpose(0, 1), key_HnC)
+        q_NHL = torch.cat([q_HNC.transpose(0, 1), q_NHr], dim=-1)
+        # Tokens stand where heads would and heads where a sequence would: all of them read one cache. Keys and values
+        # are both the cache itself (a fused kernel wants equal widths): the sum's rotary part is computed and dropped.
+        cached_BTSL = cache.read(step.mask_BTS.shape[-1])[:, None].expand(-1, length, -1, -1)
+        y_BTHL = F.scaled_dot_product_attention(
+            q_NHL.view(batch, length, self.n_heads, -1),
+            cached_BTSL,
+            cached_BTSL,
+            attn_mask=step.mask_BTS[:, :, None],
+            scale=self.scale,
         )
-        y_HBC = y_B1HL[:, 0, :, : self.rank].transpose(0, 1)
-        y_HBv = torch.bmm(y_HBC, value_HvC.transpose(1, 2))
-        return self.out(y_HBv.transpose(0, 1).flatten(1))
+        y_HNC = y_BTHL.flatten(0, 1)[..., : self.rank].transpose(0, 1)
+        y_HNv = torch.bmm(y_HNC, value_HvC.transpose(1, 2))
+        return self.out(y_HNv.permute(1, 0, 2).flatten(1)).view(batch, length, -1)
 
     def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, N + R] and what is cached [B, T, C + R], both with their last R dims rotated."""

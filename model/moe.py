@@ -74,8 +74,11 @@ class MoE(nn.Module):
         return y_ND.view_as(x_BTD), Balance(order.load_E, dropped, routing)
 
     def decode(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
-        """`forward` without the bookkeeping of balance; nothing is dropped."""
+        """`forward` that drops nothing and keeps no balance, nor anything for a backward pass in inference mode."""
         gates_NK, indices_NK, _ = self.router(x_ND, tokens_N)
-        order = kernels.permutation(indices_NK, self.config.n_routed_experts, x_ND.dtype)
-        y_ND = self.experts(x_ND, gates_NK, order)
-        return y_ND if self.shared is None else y_ND + self.shared(x_ND)
+        if torch.is_inference_mode_enabled() and kernels.compact(x_ND.device, x_ND.dtype):
+            y_ND = kernels.routed_experts(x_ND, gates_NK, indices_NK, self.experts.gate_up, self.experts.down)
+        else:
+            order = kernels.permutation(indices_NK, self.config.n_routed_experts, x_ND.dtype)
+            y_ND = self.experts(x_ND, gates_NK, order)
+        return y_ND if self.shared is None else y_ND.add_(self.shared(x_ND))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import kernels
 from model.attention import GroupedQueryAttention, LatentAttention
 from model.balance import BalanceWeights, balance_loss
+from model.cache import Cache, Step
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.moe import Balance, MoE
@@ -42,6 +43,19 @@ class Block(nn.Module):
             return x_BTD + y_BTD, balance
         return x_BTD + self.ffn(h_BTD), None
 
+    def prefill(self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, cache: Cache) -> Tensor:
+        """`forward`, causal, that fills the cache and keeps no balance."""
+        return self._feed(x_BTD + self.attention.prefill(self.attention_norm(x_BTD), rope, cache), tokens_BT)
+
+    def decode(self, x_BTD: Tensor, tokens_BT: Tensor, step: Step, cache: Cache) -> Tensor:
+        """The next T tokens of each row, after those in the cache."""
+        return self._feed(x_BTD + self.attention.decode(self.attention_norm(x_BTD), step, cache), tokens_BT)
+
+    def _feed(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        h_ND = self.ffn_norm(x_BTD).flatten(0, 1)
+        y_ND = self.ffn.decode(h_ND, tokens_BT.flatten()) if isinstance(self.ffn, MoE) else self.ffn(h_ND)
+        return x_BTD + y_ND.view_as(x_BTD)
+
 
 class MultiTokenPrediction(nn.Module):
     """One MTP module (V3, section 2.2): from the state at i and the token at i + k, the state that predicts i + k + 1.
@@ -61,9 +75,21 @@ class MultiTokenPrediction(nn.Module):
     def forward(
         self, hidden_BTD: Tensor, embedded_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, mask_BTT: Tensor | None
     ) -> tuple[Tensor, Balance | None]:
-        both = torch.cat([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], dim=-1)
-        x_BTD, balance = self.block(self.projection(both), tokens_BT, rope, mask_BTT)
+        x_BTD, balance = self.block(self._project(hidden_BTD, embedded_BTD), tokens_BT, rope, mask_BTT)
         return self.norm(x_BTD), balance
+
+    def prefill(
+        self, hidden_BTD: Tensor, embedded_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, cache: Cache
+    ) -> Tensor:
+        """`forward`, causal, that fills the module's own cache and keeps no balance."""
+        return self.norm(self.block.prefill(self._project(hidden_BTD, embedded_BTD), tokens_BT, rope, cache))
+
+    def decode(self, hidden_BTD: Tensor, embedded_BTD: Tensor, tokens_BT: Tensor, step: Step, cache: Cache) -> Tensor:
+        """The next T places of each row, after those in the cache."""
+        return self.norm(self.block.decode(self._project(hidden_BTD, embedded_BTD), tokens_BT, step, cache))
+
+    def _project(self, hidden_BTD: Tensor, embedded_BTD: Tensor) -> Tensor:
+        return self.projection(torch.cat([self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)], dim=-1))
 
 
 class Output:

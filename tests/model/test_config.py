@@ -28,8 +28,7 @@ def check_counts(config: ModelConfig) -> None:
     assert config.n_mtp_parameters() == mtp
     assert config.n_active_parameters() == sum(sizes.values()) - mtp - idle
     assert config.n_embedding_parameters() == sum(size for name, size in sizes.items() if name in TABLES)
-    caches = [block.attention.cache(1, 1).numel() for block in model.blocks]
-    assert config.cache_bytes_per_token() == 2 * sum(caches)
+    assert config.cache_bytes_per_token() == 2 * sum(block.attention.cache().width for block in model.blocks)
     # 6 FLOPs a weight that a token meets, and attention to 512 tokens: 2 for scores, 2 for values, thrice.
     met = config.n_active_parameters() - sum(p.numel() for p in model.parameters() if p.ndim == 1)
     met -= 0 if config.tie_embeddings else config.vocab_size * config.d_model  # looked up

@@ -5,7 +5,8 @@ import torch
 
 from infra.errors import InputError
 from model.config import ModelConfig
-from model.generate import Generator, sample
+from model.generate import Generator
+from model.sampling import sample
 from model.transformer import Transformer
 
 DEEPSEEK = ModelConfig(
@@ -102,15 +103,15 @@ def test_generation_sees_the_weights_of_the_moment():
 def test_sampling_follows_the_distribution_and_the_nucleus():
     probabilities = torch.tensor([0.4, 0.0, 0.3, 0.2, 0.1])
     draws = (torch.arange(10_000) / 10_000)[:, None]
-    counts = sample(probabilities.expand(10_000, 5), draws, 1.0).bincount(minlength=5)
+    counts = sample(probabilities.expand(10_000, 5), draws).bincount(minlength=5)
     torch.testing.assert_close(counts / 10_000, probabilities, rtol=0, atol=2e-4)
-    counts = sample(probabilities.expand(10_000, 5), draws, 0.65).bincount(minlength=5)
+    counts = sample(probabilities.expand(10_000, 5), draws, torch.full((10_000, 1), 0.65)).bincount(minlength=5)
     torch.testing.assert_close(counts / 10_000, torch.tensor([4, 0, 3, 0, 0]) / 7, rtol=0, atol=2e-4)
 
 
 def test_a_wide_nucleus_is_found_beyond_the_first_look():
     probabilities = torch.full((3, 5000), 1 / 5000)
-    tokens = sample(probabilities, torch.tensor([[0.0], [0.5], [0.999]]), 0.9)
+    tokens = sample(probabilities, torch.tensor([[0.0], [0.5], [0.999]]), torch.full((3, 1), 0.9))
     assert tokens.unique().numel() == 3
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.attention import LatentAttention
+from model.cache import Slots
 from model.config import ModelConfig
 from model.optimizer import build_optimizer
 from model.rope import rotation
@@ -98,15 +99,13 @@ def test_decoding_over_the_cache_equals_attending_to_the_whole_sequence(name):
     x = torch.randn(3, 12, 32)
     rope = rotation(config, torch.arange(12), torch.float32)
     whole = attention(x, rope, None)
-    cache = attention.cache(3, 12)
-    prefix = rotation(config, torch.arange(5), torch.float32)
-    steps = [attention.prefill(x[:, :5], prefix, None, cache)]
-    for slot in range(5, 12):
-        here = rotation(config, torch.full((3, 1), slot), torch.float32)
-        steps.append(attention.decode(x[:, slot], here, torch.zeros(3, slot + 1), cache)[:, None])
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-5)
-    if config.is_mla:  # nothing per head is kept
-        assert cache.numel() == 3 * 12 * config.cache_bytes_per_token(1) // config.n_layers
+    cache, slots = attention.cache(), Slots(12, rope)
+    cache.resize(torch.zeros(0, dtype=torch.int64), rows=3, slots=12, filled=0, dtype=torch.float32)
+    pieces = [attention.prefill(x[:, :5], slots.first(5), cache)]
+    for first, last in [(5, 6), (6, 9), (9, 12)]:  # one token, then three at once
+        step = slots.step(torch.arange(first, last).expand(3, -1), seen=last)
+        pieces.append(attention.decode(x[:, first:last], step, cache))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_log_probs_equal_those_of_the_logits_for_every_depth():

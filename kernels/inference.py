@@ -1,0 +1,45 @@
+"""The operations with no backward pass to prepare for: what runs under `torch.inference_mode`.
+
+A decoding step is a few rows long, so here an operation costs what its dispatches cost, not what its arithmetic costs.
+Letters as in `kernels.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`."""
+    return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
+
+
+def swiglu(gate_up: Tensor, scale_N: Tensor | None = None) -> Tensor:
+    """`reference.swiglu`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    y = F.silu(gate).mul_(up)
+    return y if scale_N is None else y.mul_(scale_N.to(y.dtype).unsqueeze(-1))
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`reference.apply_rope`."""
+    half = cos.shape[-1]
+    still, a, b = x.split([x.shape[-1] - 2 * half, half, half], dim=-1)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return torch.cat([still, *turned] if still.shape[-1] else turned, dim=-1)
+
+
+def routed_experts(
+    x_ND: Tensor, gates_NK: Tensor, indices_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """`reference.routed_experts`, by grouped products over the rows of each expert one after another."""
+    expert_P, pair_P = indices_NK.flatten().sort(stable=True)
+    experts_E = torch.arange(len(down_EDF), device=x_ND.device)
+    ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
+    source_P = pair_P // indices_NK.shape[1]
+    gate_up_P2F = F.grouped_mm(x_ND.index_select(0, source_P), gate_up_E2FD.transpose(1, 2), offs=ends_E)
+    h_PF = swiglu(gate_up_P2F, gates_NK.flatten().index_select(0, pair_P))
+    y_PD = F.grouped_mm(h_PF, down_EDF.transpose(1, 2), offs=ends_E)
+    return torch.zeros_like(x_ND).index_add_(0, source_P, y_PD)

@@ -1,0 +1,189 @@
+"""Requests decoded together: prompts join, every step gives each row a token or a few, finished rows leave.
+
+Prompts are padded on the right: a row's token at position i lies in slot i of every layer's cache, so the causal mask
+alone keeps padding unseen while the prompts run, and rows of any lengths can be decoded side by side. When enough rows
+have finished to be worth a copy, or when others want to join, the caches are copied without them.
+
+The last token of a row is always the one whose states are not in the caches yet. Letters: B rows in the batch, J rows
+that join, T tokens a row, S slots, D model width, V vocabulary, M drafted tokens (0 without speculation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.cache import Cache, Slots
+from model.rope import rotation
+from model.sampling import Sampler
+from model.speculate import Drafter
+from model.transformer import Block, Transformer
+
+COMPACT_AT = 0.125  # share of finished rows at which a copy of the caches is cheaper than carrying them
+
+CacheDtype = Literal["float8"]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt and how to go on from it. `draws_TU` holds random numbers in [0, 1), a row for each place of the reply
+    and a column for each use that the sampling has for one (`draws_shape`)."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    draws_TU: Tensor
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_ids: Collection[int] = ()
+
+
+@dataclass(eq=False)
+class Row:
+    """A request on its way. `tokens` end with the stop token if one was met; `logprobs` are those at the sampling
+    temperature, before top-p. `drafted` and `accepted` count the drafts that a reply's tokens were tried against."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finished: bool = False  # by a stop token
+    done: bool = False  # finished, at its longest, or given up by whoever asked
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.request.prompt) + len(self.tokens)
+
+    def take(self, tokens: Sequence[int], logprobs: Sequence[float], accepted: int = 0) -> None:
+        """Append the first accepted + 1 tokens, up to a stop token or the longest. `tokens` behind them failed."""
+        before = len(self.tokens)
+        for token, logprob in zip(tokens[: accepted + 1], logprobs, strict=False):
+            if self.done:
+                break
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            self.finished = token in self.request.stop_ids
+            self.done = self.finished or len(self.tokens) == self.request.max_new_tokens
+        used = len(self.tokens) - before
+        self.drafted += min(used, len(tokens) - 1)
+        self.accepted += min(used, accepted)
+
+
+class Batch:
+    """Rows in flight. `admit` and `step` give every row that is not done at least one token.
+
+    With `speculate`, each MTP module drafts a token and one pass of the model verifies them all: what is sampled
+    follows the same distribution (greedy: it is the same). `cache_dtype` "float8" quantises MLA's cache.
+    """
+
+    def __init__(self, model: Transformer, speculate: bool = False, cache_dtype: CacheDtype | None = None) -> None:
+        self.model = model
+        self.rows: list[Row] = []
+        self.n_drafts = len(model.mtp) if speculate else 0
+        self._blocks: list[Block] = list(model.blocks)
+        self._caches: list[Cache] = [block.attention.cache(cache_dtype == "float8") for block in self._blocks]
+        self._drafter = Drafter(model, cache_dtype == "float8") if speculate else None
+        self._device = model.embedding.weight.device
+        self._dtype = model.embedding.weight.dtype
+        self._cached_B, self._place_B, self._last_B = torch.zeros(3, 0, dtype=torch.int64, device=self._device)
+
+    @property
+    def n_going(self) -> int:
+        return sum(not row.done for row in self.rows)
+
+    @torch.inference_mode()
+    def admit(self, requests: Sequence[Request]) -> list[Row]:
+        """Run the prompts and draw each one's first token; returns the new rows, in the order of the requests."""
+        joining = [Row(request) for request in requests]
+        self._reform(joining)
+        lengths, n_joining = [len(request.prompt) for request in requests], len(joining)
+        lengths_J = torch.tensor(lengths, device=self._device)
+        padded = [[*request.prompt, *[0] * (max(lengths) - n)] for request, n in zip(requests, lengths, strict=True)]
+        prompts_JT = torch.tensor(padded, device=self._device)
+        x_JTD, rope = self.model.embedding(prompts_JT), self._slots.first(max(lengths))
+        for block, cache in zip(self._blocks, self._caches, strict=True):
+            x_JTD = block.prefill(x_JTD, prompts_JT, rope, cache)
+        last_JD = x_JTD[torch.arange(n_joining, device=self._device), lengths_J - 1]
+        sampler = _sampler(joining, self._device)
+        tokens_J, logprobs_J = sampler.choose(self.model.logits(self.model.norm(last_JD)), torch.zeros_like(lengths_J))
+        self._cached_B[-n_joining:], self._place_B[-n_joining:], self._last_B[-n_joining:] = lengths_J, 1, tokens_J
+        for row, token, logprob in zip(joining, tokens_J.tolist(), logprobs_J.tolist(), strict=True):
+            row.take([token], [logprob])
+        if self._drafter:
+            self._drafter.join(self.model.norm(x_JTD), prompts_JT, lengths_J, tokens_J, self._slots)
+        return joining
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """Decode once; returns the rows that got tokens, some of which are done now."""
+        going = [row for row in self.rows if not row.done]
+        assert going, "nothing to decode: admit a request first"
+        if len(going) <= (1 - COMPACT_AT) * len(self.rows):
+            self._reform([])
+        seen = max(row.length for row in going) + self.n_drafts
+        n_new_B = self._step_speculating(self._drafter, seen) if self._drafter else self._step_plainly(seen)
+        self._place_B = self._place_B + n_new_B
+        # Rows that are done run along until they are taken out: not past their slots.
+        self._cached_B = (self._cached_B + n_new_B).clamp_max(self._slots.count - 1 - self.n_drafts)
+        return going
+
+    def _step_plainly(self, seen: int) -> Tensor:
+        states_BTD = self._decode(self._last_B[:, None], seen)
+        self._last_B, logprobs_B = self._sampler.choose(self.model.logits(states_BTD[:, 0]), self._place_B)
+        for row, token, logprob in zip(self.rows, self._last_B.tolist(), logprobs_B.tolist(), strict=True):
+            row.take([token], [logprob])
+        return torch.ones_like(self._last_B)
+
+    def _step_speculating(self, drafter: Drafter, seen: int) -> Tensor:
+        drafts_BM, guesses_BMV = drafter.propose(self._sampler, self._cached_B, self._place_B, self._slots, seen)
+        states_BTD = self._decode(torch.cat([self._last_B[:, None], drafts_BM], dim=1), seen)
+        verified = self._sampler.verify(self.model.logits(states_BTD), drafts_BM, guesses_BMV, self._place_B)
+        for row, *found in zip(self.rows, *(x.tolist() for x in verified), strict=True):
+            row.take(*found)
+        tokens_BT, _, accepted_B = verified
+        drafter.follow(states_BTD, tokens_BT, accepted_B)
+        self._last_B = tokens_BT.gather(1, accepted_B[:, None])[:, 0]
+        return accepted_B + 1
+
+    def _decode(self, tokens_BT: Tensor, seen: int) -> Tensor:
+        """Run T tokens of each row, the first behind what is cached; returns states [B, T, D] behind the final norm."""
+        x_BTD = self.model.embedding(tokens_BT)
+        places_T = torch.arange(tokens_BT.shape[1], device=self._device)
+        step = self._slots.step(self._cached_B[:, None] + places_T, seen)
+        for block, cache in zip(self._blocks, self._caches, strict=True):
+            x_BTD = block.decode(x_BTD, tokens_BT, step, cache)
+        return self.model.norm(x_BTD)
+
+    def _reform(self, joining: list[Row]) -> None:
+        """Take out the rows that are done and make room for those that join."""
+        kept = [number for number, row in enumerate(self.rows) if not row.done]
+        kept_K = torch.tensor(kept, dtype=torch.int64, device=self._device)
+        filled = max((self.rows[number].length - 1 for number in kept), default=0)
+        self.rows = [*(self.rows[number] for number in kept), *joining]
+        n_slots = max(len(row.request.prompt) + row.request.max_new_tokens for row in self.rows) + self.n_drafts
+        self._slots = Slots(
+            n_slots, rotation(self.model.config, torch.arange(n_slots, device=self._device), self._dtype)
+        )
+        for cache in [*self._caches, *(self._drafter.caches if self._drafter else ())]:
+            cache.resize(kept_K, len(self.rows), n_slots, filled, self._dtype)
+        if self._drafter:
+            self._drafter.keep(kept_K)
+        new_J = torch.zeros(len(joining), dtype=torch.int64, device=self._device)
+        self._cached_B, self._place_B, self._last_B = (
+            torch.cat([state_B[kept_K], new_J]) for state_B in (self._cached_B, self._place_B, self._last_B)
+        )
+        self._sampler = _sampler(self.rows, self._device)
+
+
+def _sampler(rows: Sequence[Row], device: torch.device) -> Sampler:
+    requests = [row.request for row in rows]
+    return Sampler(
+        [request.temperature for request in requests],
+        [request.top_p for request in requests],
+        [request.draws_TU for request in requests],
+        device,
+    )
