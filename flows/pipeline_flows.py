@@ -128,7 +128,8 @@ def _embedded(step: Step, labels: Mapping[str, str]) -> str | None:
     # Ending a run's heartbeat takes Prefect up to a second; what is only looked up does not need one.
     brief = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}) if step.state == "reuse" else nullcontext()
     with brief:
-        state = stage_flow(step.stage)(step.config, step.refs, step.force, dict(labels), return_state=True)
+        flow = stage_flow(step.stage)
+        state = flow(config=step.config, inputs=step.refs, force=step.force, labels=dict(labels), return_state=True)
     if not state.is_completed():
         state.result()  # raises what the stage raised
     return state.name

@@ -46,29 +46,23 @@ def __getattr__(name: str) -> Flow[Any, Any]:
 def stage_flow(stage: Stage) -> Flow[Any, Any]:
     """The Prefect flow of a stage."""
 
-    def run_stage(
-        config: Config, inputs: Mapping[str, str], force: bool = False, labels: Mapping[str, str] | None = None
-    ) -> State:
-        return _run(stage, config, inputs, force, labels or {})
+    def run_stage(config: Config, inputs: Mapping[str, str], force: bool, labels: Mapping[str, str]) -> State:
+        return _run(stage, config, inputs, force, labels)
 
     empty = inspect.Parameter.empty
-    default = _default(stage)
-    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    needed = any(not role.optional for role in stage.takes.values())
+    parameters = {
+        "config": (stage.config_type, _default(stage)),
+        "inputs": (dict[str, str], empty if needed else {}),
+        "force": (bool, False),
+        "labels": (dict[str, str], {}),
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY  # any of them may be without a default
     run_stage.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                "config",
-                keyword,
-                annotation=stage.config_type,
-                default=default,
-            ),
-            inspect.Parameter("inputs", keyword, annotation=dict[str, str], default=empty if default is empty else {}),
-            inspect.Parameter("force", keyword, annotation=bool, default=False),
-            inspect.Parameter("labels", keyword, annotation=dict[str, str], default={}),
-        ],
+        [inspect.Parameter(n, keyword, annotation=kind, default=d) for n, (kind, d) in parameters.items()],
         return_annotation=State,
     )
-    run_stage.__annotations__ = {p.name: p.annotation for p in run_stage.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    run_stage.__annotations__ = {name: kind for name, (kind, _) in parameters.items()}
     run_stage.__name__ = run_stage.__qualname__ = stage.name
     run_stage.__doc__ = _doc(stage)
     return Flow(

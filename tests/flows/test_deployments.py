@@ -62,6 +62,20 @@ def test_a_form_has_titles_choices_limits_and_nested_fields() -> None:
     assert "numbers (documents)" in parameter_schema(stage_flow(square)).properties["inputs"]["description"]
 
 
+def test_a_field_without_a_title_is_called_by_its_name() -> None:
+    schema = parameter_schema(stage_flow(stages.load("ingest"))).model_dump()
+    fields = schema["definitions"]["IngestConfig"]["properties"]
+    assert fields["max_bytes"]["title"] == "Max bytes"
+    titles = {field["title"] for model in schema["definitions"].values() for field in model["properties"].values()}
+    assert not any("_" in title or title[0].islower() for title in titles)
+
+
+def test_inputs_must_be_given_only_where_the_stage_takes_some() -> None:
+    for name, needed in [("ingest", False), ("generate_problems", False), ("pretrain", True), ("evaluate", True)]:
+        required = parameter_schema(stage_flow(stages.load(name))).model_dump().get("required", [])
+        assert ("inputs" in required) == needed, name
+
+
 def test_a_pipeline_form_offers_its_recipes_and_nodes() -> None:
     properties: dict[str, Any] = parameter_schema(pipeline_flow(TOY, load=load)).properties
     assert properties["recipe"]["enum"] == list(RECIPES)
