@@ -18,7 +18,7 @@ __all__ = ["Config", "Field", "explain", "nearest"]
 
 
 class Config(BaseModel):
-    """Base of every stage's config. Frozen, no unknown keys, defaults validated. A field without a title has its name."""
+    """Base of every stage's config. Frozen, no unknown keys, defaults validated, fields titled by their names."""
 
     model_config = ConfigDict(
         frozen=True,
