@@ -30,17 +30,19 @@ from infra.metrics import METRICS, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-# Every stage works for real, and just long enough to be caught at it. One easy family, so that a model of a minute's
-# training has right replies to sample from.
+# Every stage works for real, and just long enough to be caught at it. Sums of two or three digits have few answers, so
+# that a model of seconds of training, once it has learnt the format, has some right replies to sample from.
+FAMILY = {"families": ["chain_sum"], "levels": [1]}
 REPLY = {"max_new_tokens": 32}
 GRPO = {"steps": 4, "rollout_groups": 4, "groups_per_step": 8, "group_size": 4, "save_every": 1, **REPLY}
+SAMPLE = {"problems.limit": 200, "samples": 3, **REPLY}
 STUDENT = {"steps": 60, "batch_size": 8, "validation_every": 30, "validation_windows": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "ingest": {"max_bytes": 200_000},
-    "ingest_math": {"source.families": ["compare"], "source.n": 2_000},
+    "ingest_math": {"source.n": 2_000, **{f"source.{name}": value for name, value in FAMILY.items()}},
     "filter": {"quality_documents": 150},
     "train_tokenizer": {"vocab_size": 1024},
-    "generate_problems": {"families": ["compare"], "n_train": 1_000, "n_heldout": 48},
+    "generate_problems": {"n_train": 1_000, "n_heldout": 48, **FAMILY},
     "pretrain": {
         **{"steps": 150, "batch_size": 8, "validation_every": 75, "validation_windows": 2},
         **{"model.d_model": 64, "model.n_layers": 2, "model.d_ff": 128},
@@ -52,9 +54,10 @@ SMALL: dict[str, dict[str, Any]] = {
         ],
     },
     "evaluate": {"samples": 2, "validation_windows": 2, "trigram_bytes": 50_000, **REPLY},
-    "cold_start": {"problems.limit": 500},
-    "rejection_sample": {"problems.limit": 200, "samples": 2, **REPLY},
-    "teacher_samples": {"problems.limit": 200, "samples": 2, **REPLY},
+    "cold_start": {"problems.limit": 500, "learning_rate.peak": 2e-3},
+    "rejection_sample": SAMPLE,
+    "sft": {"epochs": 20, "learning_rate.peak": 2e-3},
+    "teacher_samples": SAMPLE,
     "grpo": GRPO,
     "student_base_llama": STUDENT,
     "student_base_qwen": STUDENT,
