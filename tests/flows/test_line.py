@@ -87,8 +87,8 @@ KILLED: dict[str, str | int] = {
 }
 RESUMED = ("pretrain", "r1_zero")
 ORDER = [node.name for node in LINE.nodes]
-WORK_SECONDS = 300  # until a node works
-DEATH_SECONDS = 30  # until Ray's workers have noticed that their driver is gone
+WORK_SECONDS = 600  # until a node works
+DEATH_SECONDS = 60  # until Ray's workers have noticed that their driver is gone
 
 
 class Line:
