@@ -41,7 +41,7 @@ test: $(STAMP) ## the default tests
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
 
-test-browser: $(STAMP) ## the explorer in a real browser (apt-get install chromium, or set CHROMIUM to one)
+test-browser: $(STAMP) ## the explorer and the run forms in a real browser (apt-get install chromium, or set CHROMIUM to one)
 	$(BIN)/python -m pytest -m browser
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device

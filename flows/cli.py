@@ -136,7 +136,7 @@ def stage(
       fathom stage evaluate --config eval.yaml --input checkpoint=base@latest --input problems=generate_problems@latest
     """
     import stages
-    from flows.pipelines import Node, Pipeline
+    from flows.pipelines import Node, Pipeline, nested
     from flows.recipes import Recipe
 
     found = stages.load(name)
@@ -148,7 +148,7 @@ def stage(
     store = open_store(Settings.load())
     inputs = {role: store.resolve(ref) for role, ref in inputs.items()}
     flow = _prepared("flows.stages", "stage_flow")(found)
-    _watch(flow, config=values, inputs=inputs, force=force)
+    _watch(flow, config=values, inputs=nested(inputs), force=force)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from prefect.states import Completed
 import stages
 from flows.deployments import DEPLOYMENT
 from flows.environment import explorer_address, open_store
-from flows.pipelines import PIPELINES, Load, Pipeline
+from flows.pipelines import PIPELINES, Load, Pipeline, nested
 from flows.planning import Selection, Step, plan
 from flows.progress import LISTENER
 from flows.publish import create, explorer_link, table
@@ -128,7 +128,9 @@ def _embedded(step: Step, labels: Mapping[str, str]) -> str | None:
     # Ending a run's heartbeat takes Prefect up to a second; what is only looked up does not need one.
     brief = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}) if step.state == "reuse" else nullcontext()
     with brief:
-        state = stage_flow(step.stage)(step.config, step.refs, step.force, dict(labels), return_state=True)
+        flow = stage_flow(step.stage)
+        inputs = nested(step.refs)
+        state = flow(config=step.config, inputs=inputs, force=step.force, labels=dict(labels), return_state=True)
     if not state.is_completed():
         state.result()  # raises what the stage raised
     return state.name
@@ -137,7 +139,7 @@ def _embedded(step: Step, labels: Mapping[str, str]) -> str | None:
 def _deployed(step: Step, labels: Mapping[str, str]) -> str | None:
     parameters = {
         "config": step.config.model_dump(mode="json"),
-        "inputs": step.refs,
+        "inputs": nested(step.refs),
         "force": step.force,
         "labels": dict(labels),
     }

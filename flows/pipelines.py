@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import stages
 from infra.config import nearest
@@ -17,6 +18,29 @@ from infra.errors import ConfigError
 from infra.stage import Stage
 
 Load = Callable[[str], Stage]
+
+
+def flat(inputs: Mapping[str, str | Mapping[str, str]]) -> dict[str, str]:
+    """{role: x} and {role: {name: x}} as {role: x} and {role.name: x}."""
+    found: dict[str, str] = {}
+    for role, source in inputs.items():
+        if isinstance(source, str):
+            found[role] = source
+        else:
+            found |= {f"{role}.{name}": one for name, one in source.items()}
+    return found
+
+
+def nested(roles: Mapping[str, str]) -> dict[str, Any]:
+    """The opposite of `flat`."""
+    found: dict[str, Any] = {}
+    for role, source in roles.items():
+        name, dot, part = role.partition(".")
+        if dot:
+            found.setdefault(name, {})[part] = source
+        else:
+            found[name] = source
+    return found
 
 
 @dataclass(frozen=True)
@@ -30,13 +54,7 @@ class Node:
     @property
     def roles(self) -> dict[str, str]:
         """`role` or `role.name` → node, as `infra.stage` writes them."""
-        flat: dict[str, str] = {}
-        for role, source in self.inputs.items():
-            if isinstance(source, str):
-                flat[role] = source
-            else:
-                flat |= {f"{role}.{name}": node for name, node in source.items()}
-        return flat
+        return flat(self.inputs)
 
 
 @dataclass(frozen=True)

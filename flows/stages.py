@@ -1,8 +1,9 @@
 """Every stage as a Prefect flow: `flows.stages.pretrain` is the flow of the stage `pretrain`, built when asked for.
 
-A flow takes the stage's config (the form in Prefect's UI), its inputs by role as ids or tags, and `force`. The store is
-the only cache: an artifact that exists is adopted and the run ends `Completed` under the name `Reused`. Retries live
-here: once, and only if the stage's workers died; the second attempt resumes from the stage's scratch.
+A flow takes the stage's config and its inputs (the form in Prefect's UI: a field a role, for an id or a tag) and
+`force`. The store is the only cache: an artifact that exists is adopted and the run ends `Completed` under the name
+`Reused`. Retries live here: once, and only if the stage's workers died; the second attempt resumes from the stage's
+scratch.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.context import FlowRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.states import Completed
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
 import infra.ray
 import stages
 from flows.environment import explorer_address, open_store
+from flows.pipelines import flat
 from flows.planning import rebuilt
 from flows.progress import LISTENER
 from flows.publish import ProgressBar, publish_page
-from infra.config import Config
+from infra.config import Config, Field
 from infra.errors import StageFailed, TamperedArtifact
 from infra.metrics import Progress
 from infra.settings import Settings
@@ -46,29 +48,22 @@ def __getattr__(name: str) -> Flow[Any, Any]:
 def stage_flow(stage: Stage) -> Flow[Any, Any]:
     """The Prefect flow of a stage."""
 
-    def run_stage(
-        config: Config, inputs: Mapping[str, str], force: bool = False, labels: Mapping[str, str] | None = None
-    ) -> State:
-        return _run(stage, config, inputs, force, labels or {})
+    def run_stage(config: Config, inputs: Config, force: bool, labels: Mapping[str, str]) -> State:
+        return _run(stage, config, flat(inputs.model_dump(exclude_none=True)), force, labels)
 
-    empty = inspect.Parameter.empty
-    default = _default(stage)
-    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    inputs_type = _inputs_type(stage)
+    parameters = {
+        "config": (stage.config_type, _default(stage.config_type)),
+        "inputs": (inputs_type, _default(inputs_type)),
+        "force": (bool, False),
+        "labels": (dict[str, str], {}),
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY  # any of them may be without a default
     run_stage.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                "config",
-                keyword,
-                annotation=stage.config_type,
-                default=default,
-            ),
-            inspect.Parameter("inputs", keyword, annotation=dict[str, str], default=empty if default is empty else {}),
-            inspect.Parameter("force", keyword, annotation=bool, default=False),
-            inspect.Parameter("labels", keyword, annotation=dict[str, str], default={}),
-        ],
+        [inspect.Parameter(n, keyword, annotation=kind, default=d) for n, (kind, d) in parameters.items()],
         return_annotation=State,
     )
-    run_stage.__annotations__ = {p.name: p.annotation for p in run_stage.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    run_stage.__annotations__ = {name: kind for name, (kind, _) in parameters.items()}
     run_stage.__name__ = run_stage.__qualname__ = stage.name
     run_stage.__doc__ = _doc(stage)
     return Flow(
@@ -82,10 +77,20 @@ def stage_flow(stage: Stage) -> Flow[Any, Any]:
     )
 
 
-def _default(stage: Stage) -> Any:
-    """The stage's config without any value given, with which the form opens; empty if it cannot do without."""
+def _inputs_type(stage: Stage) -> type[Config]:
+    """What the stage takes, as a form: a field a role; a role of many takes names with an id or a tag each."""
+    fields: dict[str, Any] = {}
+    for name, role in stage.takes.items():
+        kind: Any = dict[str, str] if role.many else str
+        about = {"description": f"Ids or tags of {role.kind}, by name" if role.many else f"Id or tag of {role.kind}"}
+        fields[name] = (kind | None, Field(None, **about)) if role.optional else (kind, Field(**about))
+    return create_model(f"{stage.config_type.__name__.removesuffix('Config')}Inputs", __base__=Config, **fields)
+
+
+def _default(model: type[Config]) -> Any:
+    """The model without any value given, with which the form opens; empty if it cannot do without."""
     try:
-        return stage.config_type()
+        return model()
     except ValidationError:
         return inspect.Parameter.empty
 
@@ -105,7 +110,7 @@ def _doc(stage: Stage) -> str:
         f"{inspect.getdoc(stage.fn) or stage.name}\n\nTakes {', '.join(roles) or 'nothing'}; makes {stage.makes}.\n\n"
         "Args:\n"
         "    config: What to compute. Every field is part of the artifact's identity.\n"
-        f"    inputs: Artifact ids or tags by role: {', '.join(roles) or 'none'}.\n"
+        "    inputs: What to compute it from.\n"
         "    force: Execute again even if the artifact exists.\n"
         "    labels: Recorded with the artifact; pipelines fill this in."
     )

@@ -18,9 +18,15 @@ __all__ = ["Config", "Field", "explain", "nearest"]
 
 
 class Config(BaseModel):
-    """Base of every stage's config. Frozen, no unknown keys, defaults validated."""
+    """Base of every stage's config. Frozen, no unknown keys, defaults validated, fields titled by their names."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+        field_title_generator=lambda name, _: name.replace("_", " ").capitalize(),
+    )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "") -> Self:

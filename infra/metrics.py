@@ -45,14 +45,17 @@ class MetricsLog:
 
     path: Path
     on_progress: Callable[[Progress], None] | None = None
-    _first: tuple[int, float] | None = field(default=None, init=False)
+    _first: tuple[int, float] = field(default=(0, 0.0), init=False)  # where and when what is counted now began
+    _last: tuple[str, int] | None = field(default=None, init=False)
 
     def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
         """Record a row (if anything was measured) and tell the listener how far the work is."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = (done, now)
+        if self._last is None:
             self._rewind(done)
+        if self._last is None or self._last[0] != unit or done < self._last[1]:  # another count begins
+            self._first = (done, now)
+        self._last = (unit, done)
         if metrics:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as handle:

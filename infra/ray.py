@@ -66,13 +66,16 @@ def _connect(ray: Any, settings: Settings) -> None:
         return
     # A token file that any earlier Ray left behind turns authentication on; a private local session needs none.
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray.init(
-        num_cpus=max(cores(), settings.workers),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        object_store_memory=_object_store_bytes(settings),
-    )
+    try:
+        ray.init(
+            num_cpus=max(cores(), settings.workers),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=_object_store_bytes(settings),
+        )
+    except Exception as error:  # all that Ray raises when its processes are not up in 30 s, as on a crowded machine
+        raise StageFailed(f"a local Ray did not start: {error}") from error
 
 
 def shutdown() -> None:

@@ -7,11 +7,11 @@ from collections import Counter
 from infra.config import Config, Field
 from infra.stage import Context, Inputs, stage
 from stages.problems.problem import Language, write_problems
-from stages.problems.registry import FAMILIES, generate
+from stages.problems.registry import FAMILIES, FamilyName, generate
 
 
 class GenerateProblemsConfig(Config):
-    families: tuple[str, ...] = Field(tuple(FAMILIES), min_length=1, title="Families")
+    families: tuple[FamilyName, ...] = Field(tuple(FAMILIES), min_length=1, title="Families")
     languages: tuple[Language, ...] = Field(("en", "zh"), min_length=1, title="Languages")
     levels: tuple[int, ...] = Field((), title="Levels", description="Empty: all that each family has")
     n_train: int = Field(20_000, ge=1, title="Training problems")
@@ -23,10 +23,12 @@ class GenerateProblemsConfig(Config):
 def generate_problems(config: GenerateProblemsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Draw distinct training and held-out problems; the split is a hash of the content, so no seed can leak."""
     summary: dict = {}
+    done, total = 0, config.n_train + config.n_heldout
     for split, count in (("train", config.n_train), ("heldout", config.n_heldout)):
         problems = generate(config.families, config.languages, count, config.seed, split, levels=config.levels or None)
         summary[f"n_{split}"] = write_problems(ctx.out / f"{split}.jsonl", problems)
         for (family, language), number in sorted(Counter((p.family, p.language) for p in problems).items()):
             summary[f"{split}_{family}_{language}"] = number
-        ctx.report(len(summary), len(summary), "problems")
+        done += len(problems)
+        ctx.report(done, total, "problems")
     return summary

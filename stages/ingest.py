@@ -26,12 +26,12 @@ from stages.corpus.sources.api_reference import ApiReference
 from stages.corpus.sources.files import HubDataset, JsonLines, Parquet, TextFiles
 from stages.corpus.sources.python import InstalledDocstrings, PythonCode, PythonDocs
 from stages.corpus.sources.worked_problems import WorkedProblems
+from stages.problems.registry import FAMILIES, FamilyName
 
 UNIT_SHARE = 16
 TASK_UNITS = 8  # units a worker reads at a time
 
 PACKAGES = ("torch", "transformers", "ray", "prefect", "numpy", "pandas", "pyarrow", "pydantic", "fsspec", "matplotlib")
-FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown", "compare", "sort", "reverse", "knights_and_knaves")
 
 
 class BuiltinSource(Config):
@@ -58,7 +58,7 @@ class ProblemSource(Config):
     """Worked problems of the train split, as text."""
 
     kind: Literal["worked_problems"] = "worked_problems"
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[FamilyName, ...] = tuple(FAMILIES)
     languages: tuple[Literal["en", "zh"], ...] = ("en", "zh")
     levels: tuple[int, ...] = Field((), description="empty: all that each family has")
     n: int = Field(10_000, ge=1, description="distinct problems")

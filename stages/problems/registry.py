@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from random import Random
+from typing import Literal
 
 from infra.errors import ConfigError
 from stages.problems.arithmetic import CHAIN_SUM, GCD, WORD_SUM
@@ -17,6 +18,7 @@ from stages.problems.problem import Language, Problem, Split, digest
 FAMILIES: Mapping[str, Family] = {
     family.name: family for family in (CHAIN_SUM, WORD_SUM, GCD, COUNTDOWN, COMPARE, SORT, REVERSE, KNIGHTS_AND_KNAVES)
 }
+FamilyName = Literal[tuple(FAMILIES)]  # type: ignore[valid-type]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 PATIENCE = 5000  # draws in a row that give nothing new before we call a family exhausted
 

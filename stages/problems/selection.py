@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from infra.config import Config, Field
 from stages.problems.problem import Language, Problem
+from stages.problems.registry import FamilyName
 
 
 class ProblemFilter(Config):
     """Empty families and levels mean all of them."""
 
-    families: tuple[str, ...] = Field((), title="Families", description="Empty: all")
+    families: tuple[FamilyName, ...] = Field((), title="Families", description="Empty: all")
     languages: tuple[Language, ...] = Field(("en", "zh"), min_length=1, title="Languages")
     levels: tuple[int, ...] = Field((), title="Levels", description="Empty: all")
     limit: int | None = Field(None, ge=1, title="At most", description="The first so many that pass; None: all")

@@ -11,7 +11,7 @@ import yaml
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.callables import parameter_schema
-from toy import TOY, count, load, square
+from toy import TOY, count, load, square, total
 
 import stages
 from flows import deployments, publish
@@ -59,7 +59,29 @@ def test_a_form_has_titles_choices_limits_and_nested_fields() -> None:
     assert config["seconds"] == {"default": 0.0, "minimum": 0, "title": "Seconds a row", "type": "number"}
     assert config["shape"]["$ref"] == "#/definitions/Shape"
     assert schema["definitions"]["Shape"]["properties"]["width"]["description"] == "Numbers a row"
-    assert "numbers (documents)" in parameter_schema(stage_flow(square)).properties["inputs"]["description"]
+
+
+def test_a_form_has_a_field_for_every_role_of_the_stage() -> None:
+    inputs = parameter_schema(stage_flow(square)).definitions["SquareInputs"]
+    assert inputs["required"] == ["numbers"]
+    assert inputs["properties"]["numbers"]["description"] == "Id or tag of documents"
+    assert list(inputs["properties"]) == ["numbers", "hint"]
+    parts = parameter_schema(stage_flow(total)).definitions["SumInputs"]["properties"]["parts"]
+    assert (parts["type"], parts["additionalProperties"]) == ("object", {"type": "string"})
+
+
+def test_a_field_without_a_title_is_called_by_its_name() -> None:
+    schema = parameter_schema(stage_flow(stages.load("ingest"))).model_dump()
+    fields = schema["definitions"]["IngestConfig"]["properties"]
+    assert fields["max_bytes"]["title"] == "Max bytes"
+    titles = {field["title"] for model in schema["definitions"].values() for field in model["properties"].values()}
+    assert not any("_" in title or title[0].islower() for title in titles)
+
+
+def test_inputs_must_be_given_only_where_the_stage_takes_some() -> None:
+    for name, needed in [("ingest", False), ("generate_problems", False), ("pretrain", True), ("evaluate", True)]:
+        required = parameter_schema(stage_flow(stages.load(name))).model_dump().get("required", [])
+        assert ("inputs" in required) == needed, name
 
 
 def test_a_pipeline_form_offers_its_recipes_and_nodes() -> None:

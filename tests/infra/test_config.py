@@ -9,7 +9,7 @@ import pytest
 
 from infra.config import Config, Field
 from infra.errors import ConfigError
-from infra.metrics import METRICS, MetricsLog, read_metrics
+from infra.metrics import METRICS, MetricsLog, Progress, read_metrics
 from infra.settings import Settings
 
 
@@ -127,3 +127,14 @@ def test_a_truncated_last_line_is_left_out_and_written_over(tmp_path: Path) -> N
 def test_a_report_without_metrics_writes_no_row(tmp_path: Path) -> None:
     MetricsLog(tmp_path / METRICS).report(1, 2, "shards")
     assert read_metrics(tmp_path / METRICS) == []
+
+
+def test_the_rate_is_of_what_is_counted_now(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    log = MetricsLog(tmp_path / METRICS, seen.append)
+    for done, total, unit in [(40, 48, "problems"), (48, 48, "problems"), (1, 3, "languages"), (2, 3, "languages")]:
+        log.report(done, total, unit)
+    for done in (1, 2, 1, 2):  # over the same shards twice
+        log.report(done, 2, "shards")
+    assert all(progress.rate >= 0 for progress in seen)
+    assert [progress.eta_seconds is None for progress in seen] == [True, False] * 4

@@ -122,3 +122,14 @@ def test_ray_address_joins_a_running_cluster() -> None:
         [sys.executable, "-c", code], env=os.environ | {"RAY_ADDRESS": address}, capture_output=True, text=True
     )
     assert done.stdout.split() == ["[9]", address], done.stderr
+
+
+def test_a_local_ray_that_does_not_start_is_stage_failed(tmp_path: Path) -> None:
+    deep = tmp_path / "deep" / ("x" * 100)  # Ray's sockets lie below, and their paths are limited
+    done = subprocess.run(
+        [sys.executable, "-c", "import infra.ray; infra.ray.session()"],
+        env=os.environ | {"RAY_TMPDIR": str(deep)},
+        capture_output=True,
+        text=True,
+    )
+    assert "infra.errors.StageFailed: a local Ray did not start: " in done.stderr
