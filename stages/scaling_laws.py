@@ -84,6 +84,8 @@ class ScalingLawsConfig(Optimization):
         computes = [budget.compute for budget in self.budgets]
         if computes != sorted(set(computes)) or self.held_out <= computes[-1]:
             raise ValueError(f"budgets must grow, and held_out ({self.held_out:g}) lie beyond the last: {computes}")
+        if self.hyper and len({budget.compute for budget in self.hyper.budgets}) < len(self.hyper.budgets):
+            raise ValueError("hyper.budgets need a compute each: give every grid another one")
         return self
 
 
@@ -180,6 +182,7 @@ class _Runs:
 
     def _train(self, points: Sequence[Point]) -> list[Row]:
         """Rows of the points, in their order; finished ones are not trained again."""
+        before = len(self.rows)
         jobs = {point.key: self._job(point) for point in points}
         rows = {key: row for key, job in jobs.items() if (row := read_row(job)) is not None}
         self.rows += rows.values()
@@ -190,7 +193,8 @@ class _Runs:
         ):
             rows[key] = row
             self._finished(row)
-        return [rows[key] for key in jobs]
+        self.rows[before:] = [rows[key] for key in jobs]
+        return self.rows[before:]
 
     def _grid_points(self) -> list[Point]:
         config = self.config

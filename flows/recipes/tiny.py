@@ -72,13 +72,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "scaling_laws": {
         "model": LADDER,
         "sequence_length": 64,
-        "batch_size": 8,
-        "learning_rate": {"schedule": "multi_step_v1", "peak": 1.5e-2, "warmup_steps": 5},
+        "batch_size": 4,
+        "learning_rate": {"schedule": "multi_step_v1", "peak": 2e-2, "warmup_steps": 5},
         "hyper": {"budgets": [{"compute": 1e9, "scale": 2e4}, {"compute": 4e9, "scale": 3.2e4}]},
         "budgets": [
-            {"compute": 2e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 6e4]},
-            {"compute": 4e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 7.8e4]},
-            {"compute": 8e9, "scales": [1.1e4, 2e4, 3.2e4, 6e4, 1e5]},
+            {"compute": 3e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 6e4]},
+            {"compute": 5e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 7.8e4]},
+            {"compute": 9e9, "scales": [1.1e4, 2e4, 3.2e4, 6e4, 1e5]},
             {"compute": 1.6e10, "scales": [2e4, 3.2e4, 4.5e4, 7.8e4, 1.2e5]},
         ],
         "held_out": 4e10,

@@ -29,6 +29,16 @@ class Grid:
     batches_G: np.ndarray
     losses_G: np.ndarray
 
+    @property
+    def edges(self) -> list[str]:
+        """Which of η and B have a near-optimal value at the end of what was tried: the best may lie beyond."""
+        near_G = near_optimal(self.losses_G)
+        return [
+            name
+            for name, values_G in (("η", self.rates_G), ("B", self.batches_G))
+            if np.ptp(values_G) > 0 and np.isin(values_G[near_G], (values_G.min(), values_G.max())).any()
+        ]
+
 
 @dataclass(frozen=True)
 class HyperLaws:

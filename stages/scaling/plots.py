@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from stages.scaling.hyper import Grid
 from stages.scaling.isoflop import IsoFlop, Laws
@@ -52,7 +54,8 @@ def plot_optima(path: Path, laws: Laws, held_out: float) -> None:
         axes.plot(computes, [law.at(compute) for compute in computes], linewidth=1)
         axes.plot([o.compute for o in laws.optima], values, "o", color="black", markersize=4)
         axes.axvline(held_out, color="gray", linestyle=":")
-        axes.set(xscale="log", yscale="log", xlabel="C, FLOPs", ylabel=label)
+        axes.set(xscale="log", yscale="log", ylabel=label)
+        _compute_ticks(axes, [*(o.compute for o in laws.optima), held_out])
         axes.set_title(f"∝ C^{exponent.value:.3f} [{exponent.low:.3f}, {exponent.high:.3f}]", fontsize=10)
     figure.savefig(path, dpi=110)
 
@@ -96,7 +99,15 @@ def plot_held_out(path: Path, ladder: Sequence[IsoFlop], laws: Laws, compute: fl
     around = [[predicted.value - predicted.low], [predicted.high - predicted.value]]
     axes.errorbar([compute], [predicted.value], around, fmt="_", capsize=4, label="predicted run, 95 %")
     axes.plot([compute], [measured], "*", color="tab:red", markersize=12, label="measured")
-    axes.set(xscale="log", xlabel="C, FLOPs", ylabel="bits per byte, validation")
+    axes.set(xscale="log", ylabel="bits per byte, validation")
+    _compute_ticks(axes, [*(o.compute for o in laws.optima), compute])
     axes.set_title("the held-out run", fontsize=10)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _compute_ticks(axes: Axes, computes: Sequence[float]) -> None:
+    """Ticks where something was run, rather than at powers of ten of which there may be one."""
+    axes.set_xticks(computes, [f"{compute:.1e}" for compute in computes], rotation=30)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("C, FLOPs")

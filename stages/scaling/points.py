@@ -101,6 +101,7 @@ def make_job(
             scratch=str(folder / point.key / "resume"),
             tokenizer=tokens,
             save_every=max(50, point.steps // 10),
+            report_every=max(1, point.steps // 200),
         ),
         folder / f"{point.key}.json",
     )
@@ -143,7 +144,6 @@ def write_row(job: PointJob, result: TrainResult | None) -> dict[str, Any]:
         "seed": point.seed,
         "train_loss": None if result is None else result.last("loss"),
         "train_flops": point.flops(length),
-        "train_seconds": None if result is None else round(result.progress.seconds, 2),
     }
     draft = job.row.with_suffix(".draft")
     draft.write_text(json.dumps(row), encoding="utf-8")

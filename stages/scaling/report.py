@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from infra.artifact import Scalar
 from stages.scaling import published
 from stages.scaling.hyper import Grid, HyperLaws
 from stages.scaling.isoflop import IsoFlop, Laws, fit_laws
-from stages.scaling.laws import Estimate, PowerLaw
+from stages.scaling.laws import Estimate, PowerLaw, near_optimal
 from stages.scaling.parametric import Parametric
 
 SYNTHETIC_NOISE = 0.003
@@ -94,7 +96,7 @@ def content(found: Findings) -> dict[str, Any]:
 
 def markdown(found: Findings) -> str:
     """The page."""
-    return "\n".join([*_held_out(found), *_laws(found), *_optima(found), *_published()]) + "\n"
+    return "\n".join([*_held_out(found), *_laws(found), *_optima(found), *_grids(found), *_published()]) + "\n"
 
 
 def _held_out(found: Findings) -> list[str]:
@@ -153,6 +155,18 @@ def _optima(found: Findings) -> list[str]:
         lines.append(
             f"| {optimum.compute:.3g} | {optimum.scale:.3g} | {optimum.tokens:.3g} | {optimum.loss:.4f} | {inside} |"
         )
+    return [*lines, ""]
+
+
+def _grids(found: Findings) -> list[str]:
+    if not found.grids:
+        return []
+    lines = ["| C of a grid | η near-optimal | B near-optimal, tokens | at the grid's edge |", "|-|-|-|-|"]
+    for grid in found.grids:
+        near_G = near_optimal(grid.losses_G)
+        rates = ", ".join(f"{rate:.2e}" for rate in np.unique(grid.rates_G[near_G]))
+        batches = ", ".join(f"{batch:.3g}" for batch in np.unique(grid.batches_G[near_G]))
+        lines.append(f"| {grid.compute:.3g} | {rates} | {batches} | {', '.join(grid.edges) or 'no'} |")
     return [*lines, ""]
 
 

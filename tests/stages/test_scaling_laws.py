@@ -130,6 +130,7 @@ def test_a_killed_stage_trains_only_what_is_missing_and_leaves_a_whole_report(to
         ({"budgets": CONFIG["budgets"][::-1]}, "budgets must grow"),
         ({"budgets": CONFIG["budgets"][:2]}, "at least 3 items"),
         ({"hyper": {"budgets": CONFIG["hyper"]["budgets"][:1]}}, "at least 2 items"),
+        ({"hyper": {"budgets": CONFIG["hyper"]["budgets"][:1] * 2}}, "give every grid another one"),
     ],
 )
 def test_a_ladder_that_cannot_be_climbed_is_refused(change, message):

@@ -151,3 +151,10 @@ def test_the_published_formulas_agree_with_each_other_and_with_the_published_set
     for setting in published.settings():
         assert setting.rate_by_formula == pytest.approx(setting.rate, rel=0.02), setting.name
         assert setting.batch_by_formula == pytest.approx(setting.batch, rel=0.06), setting.name
+
+
+def test_a_grid_says_where_its_best_lies_at_the_edge():
+    rates, batches = (x.ravel() for x in np.meshgrid([1e-3, 2e-3, 4e-3], [8, 16]))
+    inside = Grid(1e17, rates, batches, 2 + (rates - 2e-3) ** 2 * 1e5 + (batches == 16))
+    assert inside.edges == ["B"], "of two values each is an end"
+    assert Grid(1e17, rates, np.full(6, 8), 3 - rates * 100).edges == ["η"], "what was not varied has no edge"
