@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kernels
 from model.attention import GroupedQueryAttention, LatentAttention
+from model.checkpointing import plain
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.moe import Balance, MoE
@@ -23,6 +24,8 @@ from model.rope import Rotation, rotation
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts by `layer`."""
 
+    recompute = staticmethod(plain)
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -31,6 +34,9 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.has_experts(layer) else SwiGLU(config.d_model, config.d_ff)
 
     def forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> tuple[Tensor, Balance | None]:
+        return self.recompute("block", self._forward, x_BTD, rope, mask_BTT)
+
+    def _forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> tuple[Tensor, Balance | None]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask_BTT)
         h_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, MoE):
