@@ -78,7 +78,9 @@ class ResumeStore:
         self.wait()
         alone = not dist.is_initialized()
         if not alone and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # its own: the background's messages must not mix with training's
+            self._group = dist.new_group(
+                backend="gloo"
+            )  # its own: the background's messages must not mix with training's
         if alone or dist.get_rank() == 0:
             for left in self.directory.glob("step-*.*"):
                 shutil.rmtree(left)
@@ -192,7 +194,10 @@ class _Files(FileSystem):
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         with super().create_stream(path, mode) as file:
             hashing = _Hashing(file)
-            yield hashing
+            try:
+                yield hashing
+            except RuntimeError as error:  # torch.save's word for a write that failed
+                raise hashing.failure or error from None
         self.digests[Path(path).name] = hashing.hexdigest()
 
     def rename(self, path: Any, new_path: Any) -> None:
@@ -206,10 +211,15 @@ class _Hashing:
     def __init__(self, file: Any) -> None:
         self._file, self._hash = file, hashlib.sha256()
         self.hexdigest = self._hash.hexdigest
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         self._hash.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -249,7 +259,9 @@ def _read(folder: Path) -> dict[str, Any]:
     reader = dcp.FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata
     found: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if isinstance(entry, TensorStorageMetadata)
+        else None
         for name, entry in entries.items()
     }
     dcp.load(found, storage_reader=reader, no_dist=True)
