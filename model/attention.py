@@ -76,7 +76,7 @@ class GroupedQueryAttention(nn.Module):
     def _attend(self, q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask_BTT: Tensor | None) -> Tensor:
         repeats = self.n_heads // self.n_kv_heads
         k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_BKTd, v_BKTd))
-        return self.out(_attend(q_BHTd, k, v, mask_BTT, self.scale, self.head_dim))
+        return self.out(_attend(q_BHTd, k, v, mask_BTT, self.scale))
 
 
 class LatentAttention(nn.Module):
@@ -105,7 +105,7 @@ class LatentAttention(nn.Module):
     def forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> Tensor:
         """Attend within the sequence: causally, or where `mask_BTT` is true (it must then be causal itself)."""
         q, k, v = self.recompute("mla_up", self._up, *self._compress(x_BTD), rope)
-        return self.out(_attend(q, k, v, mask_BTT, self.scale, self.value_dim))
+        return self.out(_attend(q, k, v, mask_BTT, self.scale))
 
     def cache(self, batch: int, slots: int) -> Tensor:
         return self.out.weight.new_empty(batch, slots, self.rank + self.rope_dim)
@@ -151,26 +151,25 @@ class LatentAttention(nn.Module):
         return q_BTHd, kernels.apply_rope(torch.cat([self.kv_norm(latent), key], dim=-1), *rope)
 
     def _attend(self, q_BTHd: Tensor, latent_BTL: Tensor, mask_BTT: Tensor | None) -> Tensor:
-        return self.out(_attend(*self._per_head(q_BTHd, latent_BTL), mask_BTT, self.scale, self.value_dim))
+        return self.out(_attend(*self._per_head(q_BTHd, latent_BTL), mask_BTT, self.scale))
 
     def _up(self, q: Tensor, latent: Tensor, key: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         return self._per_head(*self._rotate(q, latent, key, rope))
 
     def _per_head(self, q_BTHd: Tensor, latent_BTL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of every head, [B, H, T, N + R] all three."""
+        """Queries, keys and values of every head, [B, H, T, N + R] twice and [B, H, T, Vh]."""
         latent_BTC, key_BTR = latent_BTL.split([self.rank, self.rope_dim], dim=-1)
         up_BTHU = self.kv_up(latent_BTC).unflatten(-1, (self.n_heads, -1))
         k_nope, v = up_BTHU.split([self.nope_dim, self.value_dim], dim=-1)
         k_BTHd = torch.cat([k_nope, key_BTR.unsqueeze(2).expand(-1, -1, self.n_heads, -1)], dim=-1)
-        # A fused kernel wants equal widths: zero columns are cheaper than the unfused path (3x on CPU).
-        v_BTHd = F.pad(v, (0, k_BTHd.shape[-1] - self.value_dim))
-        return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHd.transpose(1, 2)
+        return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v.transpose(1, 2)
 
 
-def _attend(
-    q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor, mask_BTT: Tensor | None, scale: float, value_dim: int
-) -> Tensor:
-    """Causal attention, or attention where the mask is true; returns [B, T, H·Vh], Vh = `value_dim`."""
+def _attend(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, mask_BTT: Tensor | None, scale: float) -> Tensor:
+    """Causal attention, or attention where the mask is true; returns [B, T, H·Vh]."""
+    width = v_BHTv.shape[-1]
+    # A fused kernel wants equal widths: zero columns are cheaper than the unfused path (3x on CPU).
+    v = F.pad(v_BHTv, (0, q_BHTd.shape[-1] - width)) if width < q_BHTd.shape[-1] else v_BHTv
     mask = None if mask_BTT is None else mask_BTT.unsqueeze(1)
-    y = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return y[..., :value_dim].transpose(1, 2).flatten(2)
+    y = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return y[..., :width].transpose(1, 2).flatten(2)

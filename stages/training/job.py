@@ -73,7 +73,7 @@ class TrainJob:
     batch_ramp: BatchRamp | None = None
     validation: Validation | None = None
     save_every: int = 50
-    retention: Retention = Retention()
+    retention: Retention = field(default_factory=Retention)
     report_every: int = 1
     steps_before: int = 0  # reported steps of earlier phases of the same stage
     steps_in_all: int = 0  # of all phases; 0 means this job's

@@ -82,12 +82,12 @@ class ResumeStore:
                 backend="gloo"
             )  # its own: the background's messages must not mix with training's
         if alone or dist.get_rank() == 0:
-            for left in self.directory.glob("step-*.*"):
+            for left in (*self.directory.glob("step-*.draft"), *self.directory.glob("step-*.gone")):
                 shutil.rmtree(left)
         tensors: dict[str, Any] = {}
         structure = pickle.dumps(_take_tensors(state, "", tensors))
         assert STRUCTURE not in tensors
-        _expect_one_process()
+        _ignore_single_process_warning()
         self._saving = dcp.async_save(
             {**tensors, STRUCTURE: structure},
             storage_writer=_Writer(self._folder(step).with_suffix(".draft"), self._publish),
@@ -255,7 +255,7 @@ def _put_tensors(value: Any, tensors: dict[str, Any]) -> Any:
 
 def _read(folder: Path) -> dict[str, Any]:
     """All of a state, whole tensors whatever ranks wrote their shards."""
-    _expect_one_process()
+    _ignore_single_process_warning()
     reader = dcp.FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata
     found: dict[str, Any] = {
@@ -268,7 +268,8 @@ def _read(folder: Path) -> dict[str, Any]:
     return _put_tensors(pickle.loads(found.pop(STRUCTURE)), found)
 
 
-def _expect_one_process() -> None:
+def _ignore_single_process_warning() -> None:
+    """DCP warns where there is no process group, which is how one process trains here."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 

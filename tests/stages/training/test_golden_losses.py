@@ -1,4 +1,4 @@
-"""Ten steps of each family give the recorded losses, to the last bit. `golden_losses.py` says what a difference asks for."""
+"""Ten steps of each family give the recorded losses, to the last bit; golden_losses.py says what a change asks for."""
 
 import json
 import platform

@@ -21,6 +21,18 @@ from stages.training.validation import Validation
 
 STEPS, SAVE_EVERY, KILLS = 30, 2, 5
 
+# Functions of resume.py, and how many of their calls to draw from; none: in training, whatever is saved meanwhile.
+PLACES = [
+    ("", 0),
+    ("", 0),
+    ("_Hashing.write", 300),
+    ("_Hashing.write", 300),
+    ("_Writer.finish", 1),
+    ("_sync", 6),
+    ("ResumeStore._publish", 1),
+    ("_remove", 1),
+]
+
 VICTIM = """
 import pickle, signal, threading, time
 from stages.training import resume
@@ -74,10 +86,7 @@ def points(seed: str) -> list[Point]:
     draw, found = Random(seed), []
     for kill in range(KILLS):
         step = 5 * kill + draw.randint(2, 5)
-        function, calls = draw.choice(
-            [("", 0), ("", 0), ("_Hashing.write", 300), ("_Hashing.write", 300)]
-            + [("_Writer.finish", 1), ("_sync", 6), ("ResumeStore._publish", 1), ("_remove", 1)]
-        )
+        function, calls = draw.choice(PLACES)
         found.append(Point(step, draw.uniform(0, 2), function, draw.randint(1, max(calls, 1))))
     return found
 
