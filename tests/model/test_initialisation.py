@@ -31,6 +31,7 @@ def test_every_parameter_begins_as_published(config):
     model = Transformer(config)
     seen = set()
     for name, parameter in model.named_parameters():
+        parameter = parameter.detach()
         seen.add(name)
         if parameter.ndim >= 2:  # embedding, head, router, experts and MTP's projection among them
             margin = 5 / parameter.numel() ** 0.5  # five standard errors
