@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from infra.errors import ConfigError
 from model.cache import Cache, Float8Cache, Step
+from model.checkpointing import plain
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm
 from model.rope import Rotation, softmax_scale
@@ -92,6 +93,8 @@ class GroupedQueryAttention(nn.Module):
 class LatentAttention(nn.Module):
     """MLA. `qkv` rows: the query (or its latent, with q_lora_rank), then the key/value latent, then the shared key."""
 
+    recompute = staticmethod(plain)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         assert config.kv_lora_rank and config.qk_nope_head_dim
@@ -112,7 +115,8 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> Tensor:
         """Attend within the sequence: causally, or where `mask_BTT` is true (it must then be causal itself)."""
-        return self._attend(*self._project(x_BTD, rope), mask_BTT)
+        q, k, v = self.recompute("mla_up", self._up, *self._compress(x_BTD), rope)
+        return self.out(_attend(q, k, v, mask_BTT, self.scale))
 
     def cache(self, float8: bool = False) -> Cache:
         """An empty cache, its latents in float8 or in the dtype of the activations."""
@@ -151,19 +155,30 @@ class LatentAttention(nn.Module):
 
     def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
         """Queries [B, T, H, N + R] and what is cached [B, T, C + R], both with their last R dims rotated."""
-        q, latent, key = self.qkv(x_BTD).split([self.query_width, self.rank, self.rope_dim], dim=-1)
+        return self._rotate(*self._compress(x_BTD), rope)
+
+    def _compress(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The query (or its latent), the key/value latent and the shared key, neither normalised nor rotated."""
+        return self.qkv(x_BTD).split([self.query_width, self.rank, self.rope_dim], dim=-1)
+
+    def _rotate(self, q: Tensor, latent: Tensor, key: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
         if self.q_norm is not None and self.q_up is not None:
             q = self.q_up(self.q_norm(q))
         q_BTHd = kernels.apply_rope(q.unflatten(-1, (self.n_heads, -1)), *rope.per_head())
         return q_BTHd, kernels.apply_rope(torch.cat([self.kv_norm(latent), key], dim=-1), *rope)
 
     def _attend(self, q_BTHd: Tensor, latent_BTL: Tensor, mask_BTT: Tensor | None) -> Tensor:
+        return self.out(_attend(*self._per_head(q_BTHd, latent_BTL), mask_BTT, self.scale))
+
+    def _up(self, q: Tensor, latent: Tensor, key: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        return self._per_head(*self._rotate(q, latent, key, rope))
+
+    def _per_head(self, q_BTHd: Tensor, latent_BTL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head, [B, H, T, N + R] twice and [B, H, T, Vh]."""
         latent_BTC, key_BTR = latent_BTL.split([self.rank, self.rope_dim], dim=-1)
         up_BTHU = self.kv_up(latent_BTC).unflatten(-1, (self.n_heads, -1))
         k_BTHd, v_BTHv = kernels.keys_and_values(up_BTHU, key_BTR, self.nope_dim)
-        return self.out(
-            _attend(q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2), mask_BTT, self.scale)
-        )
+        return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2)
 
 
 def _attend(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, mask_BTT: Tensor | None, scale: float) -> Tensor:

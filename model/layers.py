@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from model.checkpointing import plain
 
 
 class Linear(nn.Module):
@@ -24,17 +25,21 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (1910.07467) over the last dimension; statistics and gain in fp32."""
 
+    recompute = staticmethod(plain)
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps)
+        return self.recompute("rms_norm", kernels.rms_norm, x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), with gate and up as one product: `gate_up` rows are [gate, up]."""
+
+    recompute = staticmethod(plain)
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
@@ -42,4 +47,4 @@ class SwiGLU(nn.Module):
         self.down = Linear(width, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.swiglu(self.gate_up(x)))
+        return self.down(self.recompute("swiglu", kernels.swiglu, self.gate_up(x)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from model.checkpointing import plain
 from model.config import ModelConfig
 from model.dropping import kept_rows
 from model.layers import SwiGLU
@@ -35,6 +36,8 @@ class Experts(nn.Module):
     Gates scale the hidden rows: `down` is linear, so that is the same sum, over F numbers a row in place of D.
     """
 
+    recompute = staticmethod(plain)
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         n_experts, d_model, width = config.n_routed_experts, config.d_model, config.moe_d_ff
@@ -44,7 +47,8 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, gates_NK: Tensor, order: kernels.Permutation) -> Tensor:
         x_PD = kernels.permute(x_ND, order)
         gates_P = kernels.permute_gates(gates_NK, order)
-        h_PF = kernels.swiglu(kernels.grouped_gemm(x_PD, self.gate_up, order), gates_P)
+        gate_up_P2F = kernels.grouped_gemm(x_PD, self.gate_up, order)
+        h_PF = self.recompute("swiglu", kernels.swiglu, gate_up_P2F, gates_P)
         return kernels.unpermute(kernels.grouped_gemm(h_PF, self.down, order), order, len(x_ND))
 
 

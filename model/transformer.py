@@ -16,6 +16,7 @@ import kernels
 from model.attention import GroupedQueryAttention, LatentAttention
 from model.balance import BalanceWeights, balance_loss
 from model.cache import Cache, Step
+from model.checkpointing import plain
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm, SwiGLU
 from model.moe import Balance, MoE
@@ -26,6 +27,8 @@ from model.router import Router
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts by `layer`."""
 
+    recompute = staticmethod(plain)
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -34,6 +37,11 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.has_experts(layer) else SwiGLU(config.d_model, config.d_ff)
 
     def forward(
+        self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, mask_BTT: Tensor | None
+    ) -> tuple[Tensor, Balance | None]:
+        return self.recompute("block", self._forward, x_BTD, tokens_BT, rope, mask_BTT)
+
+    def _forward(
         self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, mask_BTT: Tensor | None
     ) -> tuple[Tensor, Balance | None]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask_BTT)

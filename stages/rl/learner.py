@@ -84,12 +84,13 @@ class Learner:
 
     def run(self, report: Report) -> list[dict[str, float]]:
         self.restore()
-        while len(self.rows) < self.config.steps:
-            self.rows.append(self.step(len(self.rows)))
-            done = len(self.rows)
-            if done % self.config.save_every == 0 and self.ranks.rank == 0:
-                self.store.save(done, self.state())
-            report(done, self.config.steps, "steps", **self.rows[-1])
+        with self.store:
+            while len(self.rows) < self.config.steps:
+                self.rows.append(self.step(len(self.rows)))
+                done = len(self.rows)
+                if done % self.config.save_every == 0:
+                    self.store.save(done, self.state())
+                report(done, self.config.steps, "steps", **self.rows[-1])
         if self.ranks.rank == 0:
             self.model.mtp, self.model.config = self.whole
             save_model(self.job.out, self.model, self.job.checkpoint)

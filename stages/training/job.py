@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from infra.config import Config, Field
 from model.balance import BalanceWeights
+from model.checkpointing import Recomputed
 from model.config import ModelConfig
 from stages.training.data import Data
+from stages.training.resume import Retention
 from stages.training.schedules import BatchRamp, LearningRate
 from stages.training.validation import Validation
 
@@ -37,8 +41,30 @@ class Optimization(Config):
         "fp32", title="Precision", description="Of activations and products; bf16 weights keep fp32 masters."
     )
     moments: Literal["fp32", "bf16"] = Field("fp32", title="Moments", description="Of AdamW; V3 keeps them in bf16.")
+    recompute: tuple[Recomputed, ...] = Field(
+        (),
+        title="Recompute",
+        description="What the backward pass makes again: memory for time. rms_norm, mla_up, swiglu (V3), or block.",
+    )
+    ema_decay: float | None = Field(
+        None, title="EMA decay", description="Of the average of the weights that is validated beside them.", gt=0, lt=1
+    )
+    checkpoint_weights: Literal["last", "ema"] = Field(
+        "last", title="Weights of the checkpoint", description="As trained, or their average."
+    )
+    max_skipped_steps: int = Field(
+        3, title="Most skipped steps", description="Non-finite steps in a row that end the run.", ge=1
+    )
     micro_batch_size: int = Field(16, title="Micro-batch", description="Most rows of one forward pass of a rank.", ge=1)
     seed: int = Field(0, title="Seed", description="Initial weights and data order.", ge=0)
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.checkpoint_weights == "ema" and self.ema_decay is None:
+            raise ValueError("checkpoint_weights='ema' needs an average: set ema_decay")
+        if "block" in self.recompute and len(self.recompute) > 1:
+            raise ValueError("recompute='block' makes everything of a block again: leave the other names out")
+        return self
 
     @property
     def balance(self) -> BalanceWeights:
@@ -47,7 +73,7 @@ class Optimization(Config):
 
 @dataclass(frozen=True)
 class TrainJob:
-    """All that a rank needs; picklable. Paths and `save_every` are context: they change no result."""
+    """All that a rank needs; picklable. Paths, `save_every` and `retention` are context: they change no result."""
 
     model: ModelConfig
     optimization: Optimization
@@ -61,6 +87,7 @@ class TrainJob:
     batch_ramp: BatchRamp | None = None
     validation: Validation | None = None
     save_every: int = 50
+    retention: Retention = field(default_factory=Retention)
     report_every: int = 1
     steps_before: int = 0  # reported steps of earlier phases of the same stage
     steps_in_all: int = 0  # of all phases; 0 means this job's

@@ -32,7 +32,8 @@ def summarize(job: TrainJob, result: TrainResult) -> dict[str, Scalar]:
     for name in ("loss", "mtp_loss", "max_violation", "global_max_violation", "bias_drift", "drop_rate"):
         if (value := result.last(name)) is not None:
             summary[name] = value
+    measured = "ema_bits_per_byte" if job.optimization.checkpoint_weights == "ema" else "bits_per_byte"
     for language in result.languages:
-        values = result.values(f"bits_per_byte_{language}")
+        values = result.values(f"{measured}_{language}")
         summary[f"bits_per_byte_{language}_start"], summary[f"bits_per_byte_{language}"] = values[0][1], values[-1][1]
     return summary

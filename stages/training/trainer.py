@@ -4,7 +4,7 @@
 
 `train(job, report)` is what `infra.ray.spmd`, `torchrun` or a test calls. A job that was killed at any step, called
 again with the same scratch folder, continues to the same weights, bit for bit on CPU: data is a function of the step,
-nothing in a step is random, and the state of resume.py has the rest. World size changes float rounding alone.
+randomness starts anew in each, and the state of resume.py has the rest. World size changes float rounding alone.
 
 Legend: B rows, T positions, L mixture layers (MTP's last), E routed experts.
 """
@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from random import Random
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from infra.errors import ConfigError, FathomError
 from infra.metrics import Report
+from model.checkpointing import Recompute
 from model.optimizer import build_optimizer
 from model.router import Router, update_routing_bias
 from model.transformer import Transformer
@@ -28,12 +32,11 @@ from stages.training import schedules
 from stages.training.checkpoint import load_weights, save_model
 from stages.training.data import Batch
 from stages.training.distributed import GradientBucket, Ranks, clip_factor, process_group
+from stages.training.ema import WeightAverage
 from stages.training.job import Progress, TrainJob, TrainResult
 from stages.training.losses import cross_entropy_sum, target_mask, total_loss
 from stages.training.resume import ResumeStore
 from stages.training.validation import bits_per_byte, validation_sets
-
-MAX_SKIPPED = 3  # non-finite steps in a row before the run is called off
 
 
 class TrainingDiverged(FathomError):
@@ -49,7 +52,8 @@ def train(job: TrainJob, report: Report) -> TrainResult:
         trainer.run(report)
         trainer.optimizer.join()
         if ranks.rank == 0:
-            save_model(job.out, trainer.model, job.tokenizer)
+            with trainer.final_weights():
+                save_model(job.out, trainer.model, job.tokenizer)
         ranks.barrier()
         flops = job.model.flops_per_token(job.data.sequence_length, mtp=True) * trainer.progress.tokens
         return TrainResult(trainer.progress, float(flops), ranks.world)
@@ -66,6 +70,10 @@ class Trainer:
         self.model = Transformer(job.model).to(ranks.device)
         if job.initial is not None:
             load_weights(self.model, job.initial)
+        self.recompute = Recompute(options.recompute)
+        self.recompute.attach(self.model)
+        self.parameters = dict(self.model.named_parameters())
+        self.average = WeightAverage(self.parameters, options.ema_decay) if options.ema_decay else None
         self.optimizer = build_optimizer(
             self.model,
             options.learning_rate.peak,
@@ -89,12 +97,16 @@ class Trainer:
             sums=ranks.world > 1 or max(self.batch_sizes) > self.micro_batch,
         )
         self.progress = Progress()
-        self.store = ResumeStore(job.scratch)
+        self.store = ResumeStore(job.scratch, job.retention)
         if (state := self.store.load()) is not None:
             self._restore(state)
 
     def run(self, report: Report) -> None:
         """All remaining steps, with validation before the first, every so often, and after the last."""
+        with self.store:
+            self._run(report)
+
+    def _run(self, report: Report) -> None:
         job, progress = self.job, self.progress
         if progress.step == 0 and self.sets:
             self._record(report, {"step": 0, **self._validate()})
@@ -110,7 +122,7 @@ class Trainer:
                 if self.sets and (last or progress.step % job.validation.every == 0):
                     row |= self._validate()
                 self._record(report, row)
-            if (last or progress.step % job.save_every == 0) and self.ranks.rank == 0:
+            if last or progress.step % job.save_every == 0:
                 self.store.save(progress.step, self._state())
 
     def step(self) -> dict[str, Any]:
@@ -119,6 +131,7 @@ class Trainer:
         share = progress.tokens / self.total_tokens
         rate = options.learning_rate.at(progress.step, share)
         mtp_lambda = options.mtp_weight if share < schedules.V3_CONSTANT_UNTIL else options.mtp_weight_final
+        torch.manual_seed(Random(f"{options.seed}/{progress.step}/{self.ranks.rank}").getrandbits(63))
         sequences = self.batch_sizes[progress.step]
         batches = self._read(sequences)
         counts = self._target_counts(batches, sequences)
@@ -168,11 +181,12 @@ class Trainer:
     def _backward(self, batch: Batch, counts: list[float], share: float, mtp_lambda: float) -> None:
         """Add a micro-batch's part of the step's mean losses, of their gradients and of the loads to the bucket."""
         tokens_BT, document_BT, positions_BT = batch.tokens_BT, batch.document_BT, batch.positions_BT
-        out = self.model(
-            tokens_BT[:, :-1],
-            positions_BT=None if positions_BT is None else positions_BT[:, :-1],
-            document_BT=None if document_BT is None else document_BT[:, :-1],
-        )
+        with self.recompute.tape():
+            out = self.model(
+                tokens_BT[:, :-1],
+                positions_BT=None if positions_BT is None else positions_BT[:, :-1],
+                document_BT=None if document_BT is None else document_BT[:, :-1],
+            )
         losses = [
             cross_entropy_sum(
                 hidden_BTD,
@@ -197,7 +211,11 @@ class Trainer:
         """AdamW at `rate` on clipped gradients, then the routing biases by the step's loads (None: they are frozen)."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.average:
+            self.average.before_change()
         self.optimizer.step(clip_factor(norm, self.job.optimization.gradient_clip))
+        if self.average:
+            self.average.follow(self.optimizer.master(weight) for weight in self.parameters.values())
         gamma = self.job.optimization.bias_update_speed
         if gamma and loads_LE is not None and loads_LE.numel():
             update_routing_bias(self.model, loads_LE, gamma)
@@ -205,24 +223,40 @@ class Trainer:
 
     def _skip(self, loss: float, norm: float, rate: float) -> None:
         """Refuse a step whose loss or gradients are not finite; call the run off after a few in a row."""
+        most = self.job.optimization.max_skipped_steps
         self.progress.skipped += 1
         self.progress.skipped_in_row += 1
-        if self.progress.skipped_in_row >= MAX_SKIPPED:
+        if self.progress.skipped_in_row >= most:
             raise TrainingDiverged(
-                f"step {self.progress.step + 1}: loss {loss}, gradient norm {norm}, {MAX_SKIPPED} steps in a row at "
+                f"step {self.progress.step + 1}: loss {loss}, gradient norm {norm}, {most} steps in a row at "
                 f"learning rate {rate:.3g}; lower learning_rate.peak or gradient_clip, or lengthen the warm-up"
             )
 
     def _validate(self) -> dict[str, Any]:
         """Bits per byte by language, and how the experts were loaded since the last time."""
         self.model.eval()  # nothing is dropped where the model is measured
-        found = bits_per_byte(self.model, self.sets, self.ranks, self.micro_batch // self.ranks.world)
+        row: dict[str, Any] = self._bits_per_byte("bits_per_byte")
+        if self.average:
+            with self.average.lent(self.parameters):
+                row |= self._bits_per_byte("ema_bits_per_byte")
         self.model.train()
-        row: dict[str, Any] = {f"bits_per_byte_{language}": value for language, value in found.items()}
         if self.loads_LE.any():
             row |= {"global_max_violation": max_violation(self.loads_LE), "load": self.loads_LE.int().tolist()}
             self.loads_LE.zero_()
         return row
+
+    def _bits_per_byte(self, name: str) -> dict[str, float]:
+        found = bits_per_byte(self.model, self.sets, self.ranks, self.micro_batch // self.ranks.world)
+        return {f"{name}_{language}": value for language, value in found.items()}
+
+    @contextmanager
+    def final_weights(self) -> Iterator[None]:
+        """The model holds inside what its checkpoint should."""
+        if self.average and self.job.optimization.checkpoint_weights == "ema":
+            with self.average.lent(self.parameters):
+                yield
+        else:
+            yield
 
     def _record(self, report: Report, row: dict[str, Any]) -> None:
         """Keep a row and report its scalars."""
@@ -235,6 +269,7 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
             "loads": self.loads_LE,
             "progress": asdict(self.progress),
         }
@@ -242,6 +277,8 @@ class Trainer:
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
         self.loads_LE.copy_(state["loads"])
         self.progress = Progress(**state["progress"])
 

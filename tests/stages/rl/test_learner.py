@@ -63,7 +63,7 @@ def test_a_killed_run_resumes_to_the_same_last_bit(job, tmp_path):
     assert not (killed / "out" / "model.safetensors").exists()
     resumed = []
     again = learn(pickle.loads(request.read_bytes()), lambda done, *rest, **metrics: resumed.append(done))
-    assert resumed == [5, 6]  # from the state of step 4
+    assert resumed in ([5, 6], [3, 4, 5, 6])  # from the state of step 4, or of 2 if 4 was still being written
     ours, theirs = weights(whole / "out"), weights(killed / "out")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
