@@ -84,6 +84,7 @@ def test_totals_are_the_published_ones(name, total, active):
 def test_cache_and_flops_are_the_papers():
     v2, v1 = preset("v2"), preset("v1_67b")
     assert v2.cache_bytes_per_token(1) == 60 * 576  # V2: kv_lora_rank + rope width a layer
+    assert v1.cache_bytes_per_token(1) == 95 * 2 * 8 * 128  # keys and values of 8 heads
     # V2, table 1 of section 2.1: MLA's cache is that of GQA with 2.25 groups.
     assert v2.cache_bytes_per_token() == 2.25 * 2 * 128 * 60 * 2
     # DeepSeek LLM, section 3.1: attention costs 12 n_layer d_model l_seq a token.
