@@ -24,6 +24,21 @@ class Optimization(Config):
     mtp_weight_final: float = Field(0.1, title="Final MTP weight λ", description="From there on.", ge=0)
     balance_alpha: float = Field(1e-4, title="Balance α", description="Weight of the sequence-wise loss.", ge=0)
     bias_update_speed: float = Field(1e-3, title="Bias update speed γ", description="0 after 14.3T of 14.8T.", ge=0)
+    health_window: int = Field(100, title="Routing window", description="Steps over which routing is judged.", ge=1)
+    max_dead_share: float | None = Field(
+        0.5,
+        title="Most dead experts",
+        description="Share of a layer's without a token in a window. None: off.",
+        gt=0,
+        le=1,
+    )
+    max_violation: float | None = Field(
+        0.9,
+        title="Largest MaxVio",
+        description="Over a window, as a share of its worst, E/K - 1. None: off.",
+        gt=0,
+        le=1,
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", title="Precision", description="Of activations and products; weights stay fp32."
     )
@@ -76,6 +91,7 @@ class TrainResult:
     progress: Progress
     flops: float
     world: int
+    health: dict[str, Any] | None = None  # RoutingHealth.history
 
     @property
     def tokens_per_second(self) -> float:

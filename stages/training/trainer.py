@@ -22,12 +22,13 @@ from torch import Tensor
 from infra.errors import ConfigError, FathomError
 from infra.metrics import Report
 from model.optimizer import build_optimizer
-from model.router import Router, update_routing_bias
+from model.router import update_routing_bias
 from model.transformer import Transformer
 from stages.training import schedules
 from stages.training.checkpoint import load_weights, save_model
 from stages.training.data import Batch
 from stages.training.distributed import GradientBucket, Ranks, process_group
+from stages.training.health import RoutingHealth, bias_drift, max_violation
 from stages.training.job import Progress, TrainJob, TrainResult
 from stages.training.losses import cross_entropy_sum, target_mask, total_loss
 from stages.training.resume import ResumeStore
@@ -51,7 +52,8 @@ def train(job: TrainJob, report: Report) -> TrainResult:
             save_model(job.out, trainer.model, job.tokenizer)
         ranks.barrier()
         flops = job.model.flops_per_token(job.data.sequence_length, mtp=True) * trainer.progress.tokens
-        return TrainResult(trainer.progress, float(flops), ranks.world)
+        history = trainer.health.history(trainer.progress.step)
+        return TrainResult(trainer.progress, float(flops), ranks.world, history)
 
 
 class Trainer:
@@ -79,6 +81,7 @@ class Trainer:
         self.load_shape = (job.model.n_moe_layers, job.model.n_routed_experts)
         self.loads_LE = torch.zeros(self.load_shape, device=ranks.device)  # since the last validation
         self.bucket = GradientBucket(list(self.model.parameters()), n_statistics=3 + self.loads_LE.numel())
+        self.health = RoutingHealth(job.model, options, job.steps, ranks.device)
         self.progress = Progress()
         self.store = ResumeStore(job.scratch)
         if (state := self.store.load()) is not None:
@@ -122,6 +125,7 @@ class Trainer:
         loads_LE = bucket.statistics[3:].view(self.load_shape)
         if math.isfinite(norm) and math.isfinite(main):
             self._update(rate, loads_LE if share < schedules.V3_BIAS_UNTIL else None)
+            self.health.update(progress.step + 1, loads_LE, self.model)
         else:
             self._skip(main, norm, rate)
         self.loads_LE += loads_LE
@@ -132,8 +136,8 @@ class Trainer:
         if self.job.model.n_mtp:
             row["mtp_loss"] = mtp
         if loads_LE.numel():
-            row |= {"balance_loss": balance, "max_violation": max_violation(loads_LE)}
-            row["bias_drift"] = bias_drift(self.model)
+            row |= {"balance_loss": balance, "max_violation": float(max_violation(loads_LE).mean())}
+            row["bias_drift"] = float(bias_drift(self.model).max())
         return row
 
     def _read(self, sequences: int) -> list[Batch]:
@@ -204,7 +208,8 @@ class Trainer:
         found = bits_per_byte(self.model, self.sets, self.ranks, self.micro_batch // self.ranks.world)
         row: dict[str, Any] = {f"bits_per_byte_{language}": value for language, value in found.items()}
         if self.loads_LE.any():
-            row |= {"global_max_violation": max_violation(self.loads_LE), "load": self.loads_LE.int().tolist()}
+            violation = float(max_violation(self.loads_LE).mean())
+            row |= {"global_max_violation": violation, "load": self.loads_LE.int().tolist()}
             self.loads_LE.zero_()
         return row
 
@@ -220,6 +225,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loads": self.loads_LE,
+            "health": self.health.state_dict(),
             "progress": asdict(self.progress),
         }
 
@@ -227,15 +233,5 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loads_LE.copy_(state["loads"])
+        self.health.load_state_dict(state["health"])
         self.progress = Progress(**state["progress"])
-
-
-def max_violation(loads_LE: Tensor) -> float:
-    """MaxVio, (max load − mean load) / mean load, averaged over layers (2408.15664, section 3)."""
-    mean_L = loads_LE.mean(-1)
-    return float(((loads_LE.amax(-1) - mean_L) / mean_L.clamp(min=1)).mean())
-
-
-def bias_drift(model: Transformer) -> float:
-    """How far the furthest routing bias has moved from 0."""
-    return max(float(module.bias.abs().max()) for module in model.modules() if isinstance(module, Router))
