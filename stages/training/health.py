@@ -20,6 +20,7 @@ from model.router import Router
 from stages.training.job import Optimization
 
 ROWS = 100  # of a run's history, at most
+LIMITS = ("health_window", "max_dead_share", "max_violation")
 
 
 class RoutingCollapsed(FathomError):
@@ -50,15 +51,14 @@ def layer_names(model: ModelConfig) -> list[str]:
 class RoutingHealth:
     """Sums a run's loads and judges them at the end of each window of `health_window` steps.
 
-    The history has a row for one window or for several, so that it never has more than ROWS: its loads, their MaxVio
+    Beside that it keeps a history of at most ROWS rows over the whole run: the loads of a row's steps, their MaxVio
     (global), the mean of the steps' own (batch), the bias drift, the dead experts (no token in the whole row) and the
     share of what was routed that was dropped. `state_dict` holds all of it: a resumed run has the same history.
     """
 
     def __init__(self, model: ModelConfig, options: Optimization, steps: int, device: torch.device) -> None:
         self.model, self.options, self.names = model, options, layer_names(model)
-        window = options.health_window
-        self.row_steps = window * -(-steps // (window * ROWS))
+        self._row_steps = -(-steps // ROWS)
         shape = (model.n_moe_layers, model.n_routed_experts)
         self._window_LE, self._row_LE = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))
         self._batch_L, self._drift_L = (torch.zeros(shape[0], device=device) for _ in range(2))
@@ -73,15 +73,15 @@ class RoutingHealth:
         if not self.names:
             return
         self._window_LE += loads_LE
+        self._row_LE += loads_LE
         self._batch_L += max_violation(loads_LE)
         self._drift_L.copy_(bias_drift(model))
         self._dropped += dropped
         self._steps += 1
         if step % self.options.health_window == 0:
             self._judge(step)
-            self._row_LE += self._window_LE
             self._window_LE.zero_()
-        if step % self.row_steps == 0:
+        if step % self._row_steps == 0:
             self._rows.append(self._row(step))
             self._row_LE.zero_()
             self._batch_L.zero_()
@@ -112,7 +112,7 @@ class RoutingHealth:
             )
 
     def _row(self, step: int) -> dict[str, Any]:
-        load_LE = self._row_LE + self._window_LE
+        load_LE = self._row_LE
         return {
             "step": step,
             "load": load_LE.long().tolist(),
@@ -132,9 +132,7 @@ class RoutingHealth:
             "experts": self.model.n_routed_experts,
             "activated": self.model.n_activated_experts,
             "worst_violation": self.model.n_routed_experts / self.model.n_activated_experts - 1,
-            "window": self.options.health_window,
-            "max_dead_share": self.options.max_dead_share,
-            "max_violation": self.options.max_violation,
+            "limits": {name: getattr(self.options, name) for name in LIMITS},
             "rows": self._rows + ([self._row(step)] if self._steps else []),
         }
 

@@ -24,7 +24,7 @@ class Optimization(Config):
     mtp_weight_final: float = Field(0.1, title="Final MTP weight λ", description="From there on.", ge=0)
     balance_alpha: float = Field(1e-4, title="Balance α", description="Weight of the sequence-wise loss.", ge=0)
     bias_update_speed: float = Field(1e-3, title="Bias update speed γ", description="0 after 14.3T of 14.8T.", ge=0)
-    health_window: int = Field(100, title="Routing window", description="Steps over which routing is judged.", ge=1)
+    health_window: int = Field(200, title="Routing window", description="Steps over which routing is judged.", ge=1)
     max_dead_share: float | None = Field(
         0.5,
         title="Most dead experts",
