@@ -102,7 +102,7 @@ class Haystacks:
                 f"needle.lengths: in {length} tokens there is no room for needle and question, which take "
                 f"{length - room}: give longer ones, or needle=null"
             )
-        text, place = self._text(language, haystack, room), round(depth * room)
+        text, place = self._text(language, haystack, room), 1 + round(depth * (room - 1))  # behind the first BOS
         prompt = np.concatenate([text[:place], statement, text[place:], question])
         return Case(language, length, depth, haystack, prompt, lookup.answer(self.tokenizer))
 

@@ -36,27 +36,26 @@ def plot_routing_health(path: Path, health: Mapping[str, Any]) -> None:
     """Each layer's load over the run, an expert a line; under them MaxVio and bias drift, a layer a curve."""
     rows, names = health["rows"], health["layers"]
     shown = sorted({round(layer) for layer in np.linspace(0, len(names) - 1, min(len(names), MAPS))})
-    n_lines = -(-len(shown) // 4)
-    figure = Figure(figsize=(12, 2.4 * n_lines + 3), layout="constrained")
-    grid = figure.add_gridspec(n_lines + 1, 12, height_ratios=[2.4] * n_lines + [3])
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(12, 2.4 * lines + 3.2), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[2.4 * lines, 3.2])
     steps, load_SLE = [row["step"] for row in rows], np.asarray([row["load"] for row in rows], float)
     relative_SLE = load_SLE / load_SLE.mean(-1, keepdims=True).clip(1)
-    maps = []
-    for place, layer in enumerate(shown):
-        column = 3 * (place % 4)
-        axes = figure.add_subplot(grid[place // 4, column : column + 3])
+    maps = upper.subplots(lines, columns, squeeze=False).ravel()
+    for axes, layer in zip(maps, shown, strict=False):
         extent = (0, steps[-1], health["experts"] - 0.5, -0.5)
         image = axes.imshow(relative_SLE[:, layer].T, vmin=0, vmax=2, cmap="coolwarm", aspect="auto", extent=extent)
         axes.set(title=names[layer], ylabel="expert")
-        maps.append(axes)
-    figure.colorbar(image, ax=maps, label="load / mean load")
-    curves = (
-        ("batch_violation", "MaxVio of a step"),
-        ("global_violation", "MaxVio of the row"),
-        ("bias_drift", "bias drift"),
-    )
-    for column, (measure, title) in enumerate(curves):
-        axes = figure.add_subplot(grid[-1, 4 * column : 4 * column + 4])
+    for axes in maps[len(shown) :]:
+        axes.set_axis_off()
+    upper.colorbar(image, ax=maps.tolist(), label="load / mean load")
+    curves = {
+        "batch_violation": "MaxVio of a step",
+        "global_violation": "MaxVio of a row's steps together",
+        "bias_drift": "bias drift",
+    }
+    for axes, (measure, title) in zip(lower.subplots(1, len(curves)), curves.items(), strict=True):
         for layer, name in enumerate(names):
             axes.plot(steps, [row[measure][layer] for row in rows], label=name, linewidth=1)
         axes.set(title=title, xlabel="step")
