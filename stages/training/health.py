@@ -37,8 +37,11 @@ def max_violation(loads_LE: Tensor) -> Tensor:
 
 def bias_drift(model: nn.Module) -> Tensor:
     """How far the furthest routing bias of each layer has moved from 0, fp32 [L]; 0 for a router without biases."""
-    routers = [module.router for module in model.modules() if isinstance(module, MoE)]
-    drifts = [router.bias.abs().max() if isinstance(router, Router) else torch.zeros(()) for router in routers]
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    drifts = [
+        layer.router.bias.abs().max() if isinstance(layer.router, Router) else layer.experts.down.new_zeros(())
+        for layer in layers
+    ]
     return torch.stack(drifts) if drifts else torch.zeros(0)
 
 

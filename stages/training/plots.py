@@ -65,7 +65,7 @@ def plot_routing_health(path: Path, health: Mapping[str, Any]) -> None:
 
 
 def plot_loss_by_length(path: Path, report: Mapping[str, Any]) -> None:
-    """Bits per byte by position and by length of the document, before and after, bars of nats per token's interval."""
+    """Nats per token by position and by length of the document, before and after, with their intervals."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = (("position", "position in the window"), ("document", "tokens of the document"))
     for axes, (measure, label) in zip(figure.subplots(1, 2), panels, strict=True):

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -222,3 +223,23 @@ def test_ranks_share_the_work_and_the_report_is_the_same(tokens_dir, tokenizer, 
     figures = headline(report)
     assert next(iter(figures)) == "needle_retrieved_96_after"
     assert figures["needle_cases"] == 12
+
+
+def test_bf16_measures_what_fp32_measures_to_its_precision(tokens_dir, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    experts = {"n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 16}
+    save_model(
+        tmp_path,
+        Transformer(
+            ModelConfig(
+                **{"vocab_size": tokenizer.vocab_size, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64},
+                **{"max_position": 96, "init_std": 0.1, **experts},
+            )
+        ),
+        None,
+    )
+    job = ContextJob(str(tmp_path), str(tokens_dir), (0, 16, 96), 4, GRID, (96,), 500, "fp32", seed=0)
+    exact, rounded = (gather([measure_context(replace(job, precision=p), ignore)]) for p in ("fp32", "bf16"))
+    for ours, theirs in zip(rounded.losses, exact.losses, strict=True):
+        assert ours.position[:, 0] != pytest.approx(theirs.position[:, 0], rel=1e-6)
+        assert ours.position[:, 0] == pytest.approx(theirs.position[:, 0], rel=0.02)
