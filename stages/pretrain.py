@@ -6,6 +6,8 @@ resumed, is context: it changes float rounding at most.
 
 from __future__ import annotations
 
+import json
+
 from infra.config import Field
 from infra.stage import Context, Inputs, stage
 from model.config import ModelConfig
@@ -13,7 +15,7 @@ from stages.tokens.bpe import load_tokenizer
 from stages.training.data import TokenWindows
 from stages.training.job import Optimization, TrainJob
 from stages.training.launch import launch, summarize
-from stages.training.plots import plot_expert_load, plot_losses
+from stages.training.plots import plot_losses, plot_routing_health
 from stages.training.schedules import BatchRamp, LearningRate, batch_sizes
 from stages.training.validation import Validation
 
@@ -58,5 +60,13 @@ def pretrain(config: PretrainConfig, inputs: Inputs, ctx: Context) -> dict:
     )
     result = launch(job, ctx)
     plot_losses(ctx.out / "loss.png", result)
-    plot_expert_load(ctx.out / "expert_load.png", result)
-    return summarize(job, result)
+    if result.health is None:
+        return summarize(job, result)
+    (ctx.out / "routing_health.json").write_text(json.dumps(result.health), encoding="utf-8")
+    plot_routing_health(ctx.out / "routing_health.png", result.health)
+    last = result.health["rows"][-1]
+    return summarize(job, result) | {
+        "dead_experts": sum(len(dead) for dead in last["dead"]),
+        "worst_layer_violation": max(last["global_violation"]),
+        "drop_rate": last["drop_rate"],
+    }

@@ -88,7 +88,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
             {"sequence_length": 256, "rope_factor": 4.0, "steps": 15, "batch_size": 8},
             {"sequence_length": 512, "rope_factor": 4.0, "steps": 15, "batch_size": 4},
         ],
+        "documents": {"windows": None},  # the mixture as it is: what comes next needs the short texts too
         "learning_rate": {"schedule": "constant", "peak": 2e-4},
+        "needle": {"lengths": (128, 256, 512), "depths": 5, "cases": 3},
     },
     "evaluate_base": {"name": "base", "template": "r1_zero", **EVALUATE},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, **ZERO, "steps": 30},

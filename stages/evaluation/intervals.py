@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,13 +34,29 @@ def bootstrap_mean(
     values_P = np.asarray(values, dtype=np.float64)
     assert values_P.ndim == 1, values_P.shape
     assert values_P.size, "no values to resample"
-    rng = np.random.default_rng(seed)
     names_P = np.arange(values_P.size) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    sums_C, sizes_C = np.bincount(names_P, values_P), np.bincount(names_P)
-    drawn_RC = rng.integers(0, len(sizes_C), (resamples, len(sizes_C)))
+    interval = bootstrap_ratio(np.bincount(names_P, values_P), np.bincount(names_P), level, resamples, seed)
+    return dataclasses.replace(interval, mean=float(values_P.mean()))
+
+
+def bootstrap_ratio(
+    sums_C: np.ndarray, sizes_C: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Percentile interval of Σ sums / Σ sizes over clusters that are drawn whole."""
+    drawn_RC = np.random.default_rng(seed).integers(0, len(sizes_C), (resamples, len(sizes_C)))
     means = sums_C[drawn_RC].sum(axis=1) / sizes_C[drawn_RC].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values_P.mean()), float(low), float(high))
+    return Interval(float(sums_C.sum() / sizes_C.sum()), float(low), float(high))
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> Interval:
+    """Wilson's 95 % interval of a share (1927): honest at 0 and n successes, where a bootstrap has no width."""
+    assert 0 <= successes <= n, (successes, n)
+    assert n, "a share of nothing"
+    share = successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def paired_difference(

@@ -3,22 +3,26 @@
 The split is cut into windows of `sequence_length` tokens (each also sees the next `extra` tokens, for the targets).
 Epoch e visits window `permute(i)`, a keyed Feistel permutation: any step's batch is computed alone, in constant
 memory, at any corpus size. The whole state is therefore one integer, and a resumed run repeats no sample.
+With `LongDocuments` the windows are whole documents, planned once from the index (packing.py), and two such orders run
+side by side: one over the long windows, one over the others.
 
 Legend: B = batch (of this rank), T = sequence_length (+ extra).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from infra.errors import ConfigError
+from stages.tokens.packing import LongDocuments, Spans, whole_documents
 from stages.tokens.shards import TokenShards
 
 FEISTEL_ROUNDS = 6
+LONG_ORDER = 1 << 63  # keeps the keys of the long windows' epochs apart from the others'
 
 
 def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
@@ -66,17 +70,28 @@ class PackedLoader:
         world: int = 1,
         extra: int = 1,
         shuffle: bool = True,
+        documents: LongDocuments | None = None,
     ) -> None:
         if batch_size % world:
             raise ConfigError(f"batch_size={batch_size} does not divide over {world} ranks: choose a multiple")
         self.shards = TokenShards(directory, split)
         self.sequence_length, self.batch_size, self.extra = sequence_length, batch_size, extra
-        self.n_windows = (self.shards.n_tokens - extra) // sequence_length
-        if self.n_windows < 1:
+        if self.shards.n_tokens < sequence_length + extra:
             raise ConfigError(
                 f"the {split} split has {self.shards.n_tokens} tokens, fewer than one window of sequence_length="
                 f"{sequence_length} + {extra}: shorten sequence_length or tokenize more text"
             )
+        self._spans: Spans | None = None
+        self.n_windows, self.n_long, self.long_rate = (self.shards.n_tokens - extra) // sequence_length, 0, 0.0
+        if documents is not None:
+            order = permute(
+                np.arange(self.shards.n_documents), self.shards.n_documents, key=seed << 64 | LONG_ORDER - 1
+            )
+            self._spans = whole_documents(self.shards.lengths, sequence_length, extra, documents.long_share, order)
+            self.n_windows, self.n_long = len(self._spans), self._spans.n_long
+            self.long_rate = self.n_long / self.n_windows
+            if documents.windows is not None and 0 < self.n_long < self.n_windows:
+                self.long_rate = documents.windows
         self._seed, self._shuffle = seed, shuffle
         rows = batch_size // world
         self._rows = np.arange(rank * rows, (rank + 1) * rows)
@@ -84,7 +99,7 @@ class PackedLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches until every window has been seen; the last may reach into the next epoch."""
+        """Batches until as many windows have been read as there are; the last may reach into the next epoch."""
         return -(-self.n_windows // self.batch_size)
 
     @property
@@ -99,27 +114,58 @@ class PackedLoader:
         self._step += 1
         return batch
 
+    def samples(self, step: int) -> np.ndarray:
+        """The numbers, through the run, of this rank's rows of a batch."""
+        return step * self.batch_size + self._rows
+
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         """The batch of any step, without moving the loader."""
-        starts_B = self._windows(step * self.batch_size + self._rows) * self.sequence_length
-        length = self.sequence_length + self.extra
-        tokens = np.stack([self.shards.read(start, length) for start in starts_B]).astype(np.int64)
-        documents = np.stack([self.shards.documents_of(start, length) for start in starts_B])
+        return self.read(self._windows(self.samples(step)))
+
+    def read(self, windows_B: np.ndarray) -> dict[str, torch.Tensor]:
+        """The windows of these numbers, as a batch."""
+        rows = [self._row(int(window)) for window in windows_B]
+        read, documents_of = self.shards.read, self.shards.documents_of
+        tokens = [np.concatenate([read(*span) for span in row]) for row in rows]
+        documents = [_renumber([documents_of(*span) for span in row]) for row in rows]
         return {
-            "tokens_BT": torch.from_numpy(tokens),
-            "document_BT": torch.from_numpy(documents - documents[:, :1]),
-            "position_B": torch.from_numpy(starts_B),
+            "tokens_BT": torch.from_numpy(np.stack(tokens).astype(np.int64)),
+            "document_BT": torch.from_numpy(np.stack(documents)),
+            "position_B": torch.tensor([row[0][0] for row in rows]),
         }
 
-    def _windows(self, samples: np.ndarray) -> np.ndarray:
-        epochs, index = np.divmod(samples, self.n_windows)
+    def document_lengths(self, window: int) -> np.ndarray:
+        """For each token of a window, how many tokens its document has, int64 [T + extra]."""
+        return np.concatenate([self.shards.lengths[self.shards.documents_of(*span)] for span in self._row(window)])
+
+    def _row(self, window: int) -> list[tuple[int, int]]:
+        """(start, length) of the spans of the split that a window reads."""
+        if self._spans is not None:
+            return self._spans.row(window)
+        return [(window * self.sequence_length, self.sequence_length + self.extra)]
+
+    def _windows(self, samples_B: np.ndarray) -> np.ndarray:
         if not self._shuffle:
+            return samples_B % self.n_windows
+        # Of the first n samples, the whole part of n times the rate are long: no two readers of a run need to agree.
+        before_B, after_B = (np.floor(n * self.long_rate).astype(np.int64) for n in (samples_B, samples_B + 1))
+        long_B = after_B > before_B
+        windows_B = np.empty_like(samples_B)
+        windows_B[long_B] = self._visit(before_B[long_B], self.n_long, LONG_ORDER)
+        others_B = self._visit((samples_B - before_B)[~long_B], self.n_windows - self.n_long, 0)
+        windows_B[~long_B] = self.n_long + others_B
+        return windows_B
+
+    def _visit(self, index: np.ndarray, n: int, key: int) -> np.ndarray:
+        """Which of n windows the visits of these numbers go to, epoch after epoch."""
+        if not len(index):
             return index
-        windows = np.empty_like(index)
+        epochs, place = np.divmod(index, n)
+        visited = np.empty_like(place)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            windows[here] = permute(index[here], self.n_windows, key=(self._seed << 64) | int(epoch))
-        return windows
+            visited[here] = permute(place[here], n, key=(self._seed << 64) | key | int(epoch))
+        return visited
 
     def state_dict(self) -> dict[str, int]:
         return {"step": self._step} | self._identity()
@@ -134,5 +180,14 @@ class PackedLoader:
         self._step = state["step"]
 
     def _identity(self) -> dict[str, int]:
-        names = ("sequence_length", "batch_size", "n_windows")
+        names = ("sequence_length", "batch_size", "n_windows", "n_long")
         return {name: getattr(self, name) for name in names} | {"seed": self._seed}
+
+
+def _renumber(documents: Sequence[np.ndarray]) -> np.ndarray:
+    """One numbering from 0 over a row's spans; a document that two spans show counts twice."""
+    numbers, following = [], 0
+    for span in documents:
+        numbers.append(span - span[0] + following)
+        following = int(numbers[-1][-1]) + 1
+    return np.concatenate(numbers)

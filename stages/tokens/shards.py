@@ -122,6 +122,11 @@ class TokenShards:
     def n_documents(self) -> int:
         return len(self._ends)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every document, in order."""
+        return self._lengths
+
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens [start, start + n) as an array of the shards' dtype. They may cross documents and shards."""
         if not 0 <= start <= start + n <= self.n_tokens:

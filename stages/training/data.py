@@ -8,7 +8,6 @@ Legend: B rows of this rank, T = sequence_length, N packed rows in all.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +18,10 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError
+from stages.problems.lookup import least_window, plant
+from stages.tokens.bpe import Tokenizer, load_tokenizer
 from stages.tokens.loader import PackedLoader, permute
+from stages.tokens.packing import LongDocuments, pack
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Batch:
         if device.type == "cpu":
             return self
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: None if t is None else t.to(device, non_blocking=True) for name, t in values.items()})
+        return Batch(
+            **{name: None if t is None else t.pin_memory().to(device, non_blocking=True) for name, t in values.items()}
+        )
 
 
 class Batches(Protocol):
@@ -54,27 +58,46 @@ class Data(Protocol):
 class TokenWindows:
     """Shuffled windows of a tokens artifact's train split.
 
-    Documents are packed end to end and, as in V3's pre-training (section 4.2), attention crosses their borders unless
-    `mask_documents` is set.
+    Documents are packed end to end, or whole with `documents`; as in V3's pre-training (section 4.2), attention crosses
+    their borders unless `mask_documents` is set. A share `lookups` of the windows has facts planted in it that it asks
+    for later (stages.problems.lookup); such a window counts as one document.
     """
 
     directory: str
     sequence_length: int
     mask_documents: bool = False
+    documents: LongDocuments | None = None
+    lookups: float = 0.0
 
     def open(self, micro_batch: int, seed: int, rank: int, world: int) -> _Windows:
-        loader = PackedLoader(self.directory, "train", self.sequence_length, micro_batch, seed, rank, world, extra=1)
-        return _Windows(loader, self.mask_documents)
+        tokenizer = load_tokenizer(self.directory) if self.lookups else None
+        if tokenizer and self.sequence_length < (least := least_window(tokenizer)):
+            raise ConfigError(
+                f"a window of {self.sequence_length} tokens has no room for a lookup: set lookups=0, or lengthen "
+                f"sequence_length to {least}"
+            )
+        where = (self.directory, "train", self.sequence_length, micro_batch, seed, rank, world)
+        loader = PackedLoader(*where, extra=1, documents=self.documents)
+        return _Windows(loader, self.mask_documents, self.lookups, tokenizer, seed)
 
 
 @dataclass(frozen=True)
 class _Windows:
     loader: PackedLoader
     mask_documents: bool
+    lookups: float
+    tokenizer: Tokenizer | None
+    seed: int
 
     def batch(self, index: int) -> Batch:
         item = self.loader.batch(index)
-        return Batch(item["tokens_BT"], document_BT=item["document_BT"] if self.mask_documents else None)
+        tokens_BT, document_BT = item["tokens_BT"], item["document_BT"]
+        for row, sample in enumerate(self.loader.samples(index) if self.tokenizer else ()):
+            rng = np.random.Generator(np.random.Philox(key=(self.seed << 64) | int(sample)))
+            if rng.random() < self.lookups:
+                tokens_BT[row] = torch.from_numpy(plant(tokens_BT[row].numpy(), self.tokenizer, rng))
+                document_BT[row] = 0
+        return Batch(tokens_BT, document_BT=document_BT if self.mask_documents else None)
 
 
 @dataclass(frozen=True)
@@ -111,24 +134,6 @@ class _Rows:
             torch.from_numpy(self.arrays[name][rows_B]) for name in ("tokens", "loss_mask", "document", "position")
         )
         return Batch(tokens, mask, document, position)
-
-
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing: item numbers of each row, the lengths of a row adding up to at most `capacity`."""
-    rows: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for item in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        length = lengths[item]
-        assert length <= capacity, (length, capacity)
-        place = bisect_left(space, (length, -1))
-        if place == len(space):
-            rows.append([])
-            free, row = capacity, len(rows) - 1
-        else:
-            free, row = space.pop(place)
-        rows[row].append(item)
-        insort(space, (free - length, row))
-    return rows
 
 
 def write_packed(

@@ -37,6 +37,21 @@ class Optimization(Config):
         0.0, title="Communication balance α₃", description="Of what a group receives; V2: 0.02.", ge=0
     )
     bias_update_speed: float = Field(1e-3, title="Bias update speed γ", description="0 after 14.3T of 14.8T.", ge=0)
+    health_window: int = Field(200, title="Routing window", description="Steps over which routing is judged.", ge=1)
+    max_dead_share: float | None = Field(
+        0.5,
+        title="Most dead experts",
+        description="Share of a layer's without a token in a window. None: off.",
+        gt=0,
+        le=1,
+    )
+    max_violation: float | None = Field(
+        0.9,
+        title="Largest MaxVio",
+        description="Over a window, as a share of its worst, E/K - 1. None: off.",
+        gt=0,
+        le=1,
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", title="Precision", description="Of activations and products; bf16 weights keep fp32 masters."
     )
@@ -117,6 +132,7 @@ class TrainResult:
     progress: Progress
     flops: float
     world: int
+    health: dict[str, Any] | None = None  # RoutingHealth.history
 
     @property
     def tokens_per_second(self) -> float:

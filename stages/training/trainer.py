@@ -26,13 +26,14 @@ from infra.errors import ConfigError, FathomError
 from infra.metrics import Report
 from model.checkpointing import Recompute
 from model.optimizer import build_optimizer
-from model.router import Router, update_routing_bias
+from model.router import update_routing_bias
 from model.transformer import Transformer
 from stages.training import schedules
 from stages.training.checkpoint import load_weights, save_model
 from stages.training.data import Batch
 from stages.training.distributed import GradientBucket, Ranks, clip_factor, process_group
 from stages.training.ema import WeightAverage
+from stages.training.health import RoutingHealth, bias_drift, max_violation
 from stages.training.job import Progress, TrainJob, TrainResult
 from stages.training.losses import cross_entropy_sum, target_mask, total_loss
 from stages.training.resume import ResumeStore
@@ -56,7 +57,8 @@ def train(job: TrainJob, report: Report) -> TrainResult:
                 save_model(job.out, trainer.model, job.tokenizer)
         ranks.barrier()
         flops = job.model.flops_per_token(job.data.sequence_length, mtp=True) * trainer.progress.tokens
-        return TrainResult(trainer.progress, float(flops), ranks.world)
+        history = trainer.health.history(trainer.progress.step)
+        return TrainResult(trainer.progress, float(flops), ranks.world, history)
 
 
 class Trainer:
@@ -96,6 +98,7 @@ class Trainer:
             n_statistics=4 + self.loads_LE.numel(),
             sums=ranks.world > 1 or max(self.batch_sizes) > self.micro_batch,
         )
+        self.health = RoutingHealth(job.model, options, job.steps, ranks.device)
         self.progress = Progress()
         self.store = ResumeStore(job.scratch, job.retention)
         if (state := self.store.load()) is not None:
@@ -139,11 +142,14 @@ class Trainer:
         for batch in batches:
             self._backward(batch, counts, len(batch.tokens_BT) / sequences, mtp_lambda)
         bucket.reduce(self.ranks)
-        norm = bucket.norm()
-        main, mtp, balance, dropped = bucket.statistics[:4].tolist()
         loads_LE = bucket.statistics[4:].view(self.load_shape)
+        figures = torch.cat([bucket.statistics[:4], self._routing_figures(loads_LE)])
+        # The device is waited for here and nowhere else in a step: what follows is queued while the next one is read.
+        norm = bucket.norm()
+        main, mtp, balance, dropped, *routing = figures.tolist()
         if math.isfinite(norm) and math.isfinite(main):
             self._update(rate, norm, loads_LE if share < schedules.V3_BIAS_UNTIL else None)
+            self.health.update(progress.step + 1, loads_LE, self.model, dropped)
         else:
             self._skip(main, norm, rate)
         self.loads_LE += loads_LE
@@ -153,12 +159,19 @@ class Trainer:
         row["tokens"] = progress.tokens
         if self.job.model.n_mtp:
             row["mtp_loss"] = mtp
-        if loads_LE.numel():
-            row |= {"balance_loss": balance, "max_violation": max_violation(loads_LE)}
-            row["bias_drift"] = bias_drift(self.model)
+        if routing:
+            violation, drift, routed = routing
+            row |= {"balance_loss": balance, "max_violation": violation, "bias_drift": drift}
             if self.job.model.capacity_factor is not None:
-                row["drop_rate"] = dropped / float(loads_LE.sum())
+                row["drop_rate"] = dropped / routed
         return row
+
+    def _routing_figures(self, loads_LE: Tensor) -> Tensor:
+        """MaxVio, the drift of the biases that the step chose by, and the rows routed; empty for a dense model."""
+        if not loads_LE.numel():
+            return loads_LE.flatten()
+        drift_L = bias_drift(self.model)
+        return torch.stack([max_violation(loads_LE).mean(), drift_L.max(), loads_LE.sum()])
 
     def _read(self, sequences: int) -> list[Batch]:
         """This rank's rows of the step, by micro-batch. Sequences are numbered through the run, so that a resume with
@@ -241,7 +254,8 @@ class Trainer:
                 row |= self._bits_per_byte("ema_bits_per_byte")
         self.model.train()
         if self.loads_LE.any():
-            row |= {"global_max_violation": max_violation(self.loads_LE), "load": self.loads_LE.int().tolist()}
+            violation = float(max_violation(self.loads_LE).mean())
+            row |= {"global_max_violation": violation, "load": self.loads_LE.int().tolist()}
             self.loads_LE.zero_()
         return row
 
@@ -271,6 +285,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
             "loads": self.loads_LE,
+            "health": self.health.state_dict(),
             "progress": asdict(self.progress),
         }
 
@@ -280,15 +295,5 @@ class Trainer:
         if self.average:
             self.average.load_state_dict(state["average"])
         self.loads_LE.copy_(state["loads"])
+        self.health.load_state_dict(state["health"])
         self.progress = Progress(**state["progress"])
-
-
-def max_violation(loads_LE: Tensor) -> float:
-    """MaxVio, (max load − mean load) / mean load, averaged over layers (2408.15664, section 3)."""
-    mean_L = loads_LE.mean(-1)
-    return float(((loads_LE.amax(-1) - mean_L) / mean_L.clamp(min=1)).mean())
-
-
-def bias_drift(model: Transformer) -> float:
-    """How far the furthest routing bias has moved from 0."""
-    return max((float(m.bias.abs().max()) for m in model.modules() if isinstance(m, Router)), default=0.0)

@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infra.metrics import Report
 from model.transformer import Transformer
-from stages.tokens.loader import PackedLoader, permute
+from stages.tokens.loader import permute
 from stages.tokens.shards import DocumentRef, TokenShards
-from stages.training.checkpoint import load_model
-from stages.training.distributed import Ranks, process_group
+from stages.training.distributed import Ranks
 from stages.training.losses import cross_entropy_sum
 
 
@@ -100,28 +98,3 @@ def bits_per_byte(
             nats[number] += cross_entropy_sum(hidden_BTD, model.head_weight, tokens_BT[:, 1:], mask_BT)
     total = ranks.all_reduce(nats).tolist()
     return {chosen.language: n / math.log(2) / chosen.n_bytes for chosen, n in zip(sets, total, strict=True)}
-
-
-@dataclass(frozen=True)
-class PositionLoss:
-    """A measurement of a checkpoint on the first `windows` windows of the validation split, whatever its language."""
-
-    checkpoint: str
-    tokens: str
-    sequence_length: int
-    windows: int
-    bins: tuple[tuple[int, int], ...]  # [start, end) positions
-
-
-@torch.no_grad()
-def loss_by_position(job: PositionLoss, report: Report) -> list[float]:
-    """Mean loss in nats per token within each bin of positions: flat or falling where a model uses its context."""
-    with process_group() as ranks:
-        model = load_model(job.checkpoint, str(ranks.device))
-        loader = PackedLoader(job.tokens, "validation", job.sequence_length, 1, seed=0, shuffle=False)
-        windows = min(job.windows, loader.n_windows)
-        nats_T = torch.zeros(job.sequence_length, dtype=torch.float64, device=ranks.device)
-        for number in range(windows):
-            tokens_BT = loader.batch(number)["tokens_BT"].to(ranks.device)
-            nats_T -= model(tokens_BT[:, :-1]).log_probs(tokens_BT[:, 1:])[0]
-        return [float(nats_T[start:end].mean()) / windows for start, end in job.bins]

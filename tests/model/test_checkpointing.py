@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import checkpointing
+from model.balance import BalanceWeights
 from model.checkpointing import Recompute
 from model.config import ModelConfig
 from model.router import Router
@@ -46,7 +47,7 @@ def forward(model: Transformer, recompute: Recompute) -> torch.Tensor:
     document_BT = (torch.arange(LENGTH - 1) > LENGTH // 2).long().expand(BATCH, -1)
     with recompute.tape():
         out = model(tokens_BT[:, :-1], document_BT=document_BT)
-    loss = -out.log_probs(tokens_BT[:, 1:]).sum() + out.balance_loss
+    loss = -out.log_probs(tokens_BT[:, 1:]).sum() + out.balance_loss(BalanceWeights(1.0))
     return loss - sum(out.log_probs(tokens_BT[:, k + 1 :], depth=k).sum() for k in range(1, model.config.n_mtp + 1))
 
 

@@ -17,7 +17,7 @@ from stages.training.checkpoint import load_model
 from stages.training.data import TokenWindows
 from stages.training.distributed import GradientBucket, clip_factor, process_group
 from stages.training.schedules import BatchRamp
-from stages.training.trainer import Trainer, TrainingDiverged, max_violation, train
+from stages.training.trainer import Trainer, TrainingDiverged, train
 from stages.training.validation import Validation, bits_per_byte
 
 
@@ -124,11 +124,6 @@ def test_v2s_balance_losses_are_weighed_apart_and_added(make_job, micro_v3):
     *parts, total = (row["balance_loss"] for row in steps)
     assert all(parts)
     assert total == pytest.approx(sum(parts), rel=1e-5)
-
-
-def test_max_violation_is_zero_when_balanced_and_e_minus_one_when_one_expert_takes_all():
-    assert max_violation(torch.tensor([[5.0, 5.0], [7.0, 7.0]])) == 0
-    assert max_violation(torch.tensor([[8.0, 0.0, 0.0, 0.0]])) == 3
 
 
 def test_a_step_that_is_not_finite_is_refused_and_a_few_in_a_row_end_the_run(make_job, micro_llama):

@@ -75,32 +75,65 @@ def test_pretraining_lowers_bits_per_byte_in_every_language(base, tokenizer):
     assert summary["tokens"] == 30 * 8 * 32
     assert summary["train_workers"] == 2
     assert {"global_max_violation", "bias_drift", "tokens_per_second", "train_flops"} <= summary.keys()
-    for name in ("loss.png", "expert_load.png"):
+    for name in ("loss.png", "routing_health.png"):
         assert (folder / "out" / name).read_bytes().startswith(b"\x89PNG")
+    health = json.loads((folder / "out" / "routing_health.json").read_text())
+    assert health["layers"] == ["layer 1", "MTP 1"]
+    assert sum(sum(row["load"][0]) for row in health["rows"]) == summary["tokens"] * model.config.n_activated_experts
+    assert summary["drop_rate"] == summary["dead_experts"] == 0
     rows = read_metrics(folder / "scratch" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 31))
 
 
-def test_context_extension_goes_through_its_phases_and_reports_loss_by_position(base, tokens, tmp_path):
-    checkpoint, _, _ = base
+@pytest.fixture(scope="module")
+def extended(base, tokens, tmp_path_factory) -> tuple[Path, dict]:
+    """(folder, summary) of an extension that was called again after it had done all its steps."""
+    folder = tmp_path_factory.mktemp("extended")
     config = ExtendContextConfig(
         phases=[
             {"sequence_length": 64, "rope_factor": 4, "steps": 6, "batch_size": 4},
-            {"sequence_length": 128, "rope_factor": 4, "steps": 6, "batch_size": 2},
+            {"sequence_length": 128, "rope_factor": 4, "steps": 30, "batch_size": 4},
         ],
-        learning_rate={"peak": 3e-3, "schedule": "constant"},
+        learning_rate={"peak": 2e-3, "schedule": "constant"},
+        lookups=0.3,
         validation_windows=2,
+        needle={"lengths": [120], "depths": 2, "cases": 2},
     )
-    summary = extend_context(config, {"checkpoint": checkpoint, "tokens": tokens}, Context.local(tmp_path))
-    model = load_config(tmp_path / "out")
+    inputs = {"checkpoint": base[0], "tokens": tokens}
+    with pytest.raises(ConfigError, match="a window of 64 tokens has no room for a lookup"):
+        extend_context(config, inputs, Context.local(folder))
+    config = config.replace(lookups=0.0)
+    first = extend_context(config, inputs, Context.local(folder))
+    second = extend_context(config, inputs, Context.local(folder))
+    assert first == second
+    return folder, first
+
+
+def test_context_extension_goes_through_its_phases_once(extended):
+    folder, summary = extended
+    model = load_config(folder / "out")
     assert (model.max_position, model.original_max_position, model.rope_factor) == (128, 32, 4)
-    assert summary["steps"] == 12
-    assert summary["tokens"] == 6 * 4 * 64 + 6 * 2 * 128
+    assert summary["steps"] == 36
+    assert summary["tokens"] == 6 * 4 * 64 + 30 * 4 * 128
+    rows = read_metrics(folder / "scratch" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 37))
+
+
+def test_context_extension_reports_needles_and_loss_by_length_before_and_after(extended):
+    folder, summary = extended
+    names = list(summary)
+    assert names[:2] == ["needle_retrieved_120_after", "needle_retrieved_120_before"]
+    assert summary["needle_cases"] == 2 * 2 * 2
     for start, end in ((0, 32), (32, 64), (64, 128)):
-        assert {f"loss_before_{start}-{end}", f"loss_after_{start}-{end}"} <= summary.keys()
+        for name in ("loss", "bits_per_byte"):
+            assert {f"{name}_before_{start}-{end}", f"{name}_after_{start}-{end}"} <= summary.keys()
     assert summary["loss_after_64-128"] < summary["loss_before_64-128"]
-    rows = read_metrics(tmp_path / "scratch" / "metrics.jsonl")
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["needle"]["ranked_chance"] == 0.1
+    assert [row["bin"] for row in report["loss_by_position"]] == ["0-32", "32-64", "64-128"]
+    assert [row["sequence_length"] for row in report["windows"]] == [64, 128]
+    for name in ("loss", "loss_by_length", "needle"):
+        assert (folder / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_phases_that_do_not_grow_or_outrun_their_scale_are_refused(base):
