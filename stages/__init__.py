@@ -27,6 +27,7 @@ NAMES = (
     "distill",
     "evaluate",
     "export",
+    "import_checkpoint",
     "report",
 )
 

@@ -62,8 +62,10 @@ def import_checkpoint(config: ImportCheckpointConfig, inputs: Inputs, ctx: Conte
         ctx.report(done, total, "tensors")
 
     files = save_tensors(ctx.out, model, published.specs, pieces, config.path, config.max_shard_bytes)
+    template = "none" if tokenizer.template is None else "its own"
     if tokenizer.template is None and None not in (tokenizer.bos, tokenizer.user, tokenizer.assistant):
         _add_template(ctx.out / "tokenizer_config.json")
+        template = "ours"
     return {
         "parameters": model.n_parameters(),
         "family": model.family,
@@ -72,7 +74,7 @@ def import_checkpoint(config: ImportCheckpointConfig, inputs: Inputs, ctx: Conte
         "max_position": model.max_position,
         "bytes": sum(spec.bytes for spec in published.specs.values()),
         "weight_files": len(files),
-        "chat_template": "none" if load_tokenizer(ctx.out).template is None else "own" if tokenizer.template else "ours",
+        "chat_template": template,
     }
 
 

@@ -29,6 +29,7 @@ def test_the_counts_equal_the_model_built_on_the_meta_device(name):
         ModelConfig(**MLA, **MOE, n_shared_experts=2, n_mtp=2, q_lora_rank=12),
         ModelConfig(**MLA, tie_embeddings=True),
         ModelConfig(family="qwen2", n_kv_heads=2),
+        ModelConfig(family="qwen3", n_kv_heads=2, head_dim=48),
         ModelConfig(family="llama", n_kv_heads=1, head_dim=48),
     ],
 )
