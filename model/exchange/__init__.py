@@ -26,7 +26,15 @@ from model.exchange.reader import PublishedWeights, read_config
 from model.exchange.shards import MAX_SHARD_BYTES, Read, Spec, Specs, write_shards
 from model.transformer import Transformer
 
-__all__ = ["TOKENIZER_FILES", "PublishedCheckpoint", "export_hf", "import_hf", "published_tensors", "write_published"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "PublishedCheckpoint",
+    "copy_tokenizer",
+    "export_hf",
+    "import_hf",
+    "published_tensors",
+    "write_published",
+]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _LAYOUTS = {"deepseek_v3": deepseek, "deepseek_v2": deepseek, "llama": llama, "qwen2": qwen, "qwen3": qwen}
@@ -63,15 +71,22 @@ def write_published(
     published |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer_dir is not None:
         published |= _special_ids(Path(tokenizer_dir))
-        for name in TOKENIZER_FILES:
-            if (Path(tokenizer_dir) / name).exists():
-                shutil.copyfile(Path(tokenizer_dir) / name, directory / name)
+        copy_tokenizer(tokenizer_dir, directory)
     (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     cuts = {
         name: Spec(specs[place.ours].dtype, place.part.shape(specs[place.ours].shape))
         for name, place in places.items()
     }
     write_shards(directory, cuts, lambda name: [places[name].cut(read(places[name].ours))], max_shard_bytes)
+
+
+def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
+    """Copy the tokenizer's files from one folder into another. Raises InputError if there is none."""
+    if not (Path(source) / "tokenizer.json").is_file():
+        raise InputError(f"{source} holds no tokenizer.json; a checkpoint carries the tokenizer it was trained with.")
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(destination) / name)
 
 
 def published_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:

@@ -4,8 +4,8 @@
     model-00001-of-00003.safetensors, …    and model.safetensors.index.json, which says what lies where
 
 Shapes and dtypes are known before any value is. So a file's header comes first and values follow as they are made:
-writing holds one piece of one tensor, whatever the shard's size. Reading maps one file at a time; a mapped tensor's
-pages belong to the process only while the tensor, or the file's turn, lasts.
+writing holds one piece of one tensor, whatever the shard's size. Reading maps a file anew for each tensor, whose pages
+leave the process with it: a map that stayed would collect the pages of all that was read.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ class Shards:
             found = self._header(file)
             self.specs |= found
             self._files |= dict.fromkeys(found, file)
-        self._mapped: tuple[str, Any] = ("", None)
 
     def spec(self, name: str) -> Spec:
         """Dtype and shape of what `read` gives; InputError if there is no such tensor."""
@@ -90,11 +89,9 @@ class Shards:
         return self.specs[name]
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name, mapped from its file: copy what must outlive it, and never write to it."""
+        """The tensor of that name, mapped from its file until it is dropped: never write to it."""
         self.spec(name)
-        if self._mapped[0] != (file := self._files[name]):
-            self._mapped = (file, self._map(file))
-        return self._mapped[1].get_tensor(name)
+        return self._map(self._files[name]).get_tensor(name)
 
     def _map(self, file: str) -> Any:
         path = self.directory / file

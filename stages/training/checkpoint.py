@@ -10,14 +10,13 @@ masters. Published (Hugging Face) names are model/exchange's business. The resum
 is in resume.py: it also holds the optimiser and never leaves the stage's scratch folder.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
 
 from infra.errors import InputError
 from model.config import ModelConfig
-from model.exchange import TOKENIZER_FILES
+from model.exchange import copy_tokenizer
 from model.exchange.shards import MAX_SHARD_BYTES, Pieces, Shards, Spec, Specs, write_shards
 from model.transformer import Transformer
 
@@ -84,15 +83,6 @@ def load_weights(model: Transformer, directory: Path | str) -> Transformer:
             f"the weights in {directory} do not fit the model they should fill: {len(differing)} tensors differ, first "
             f"{first}, {saved.get(first, 'absent')} there and {shapes.get(first, 'absent')} in the model"
         )
-    for name in weights.specs:  # in the order of the files, of which one at a time is mapped
+    for name in weights.specs:
         state[name].copy_(weights.read(name))
     return model
-
-
-def copy_tokenizer(source: Path | str, destination: Path | str) -> None:
-    """Copy the tokenizer's files from one artifact folder into another. Raises InputError if there is none."""
-    if not (Path(source) / "tokenizer.json").is_file():
-        raise InputError(f"{source} holds no tokenizer.json; a checkpoint carries the tokenizer it was trained with.")
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(destination) / name)
