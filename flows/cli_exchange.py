@@ -55,7 +55,7 @@ def export(
 
 
 def import_(
-    directory: Annotated[Path, typer.Argument(help="A published checkpoint: config.json, safetensors, tokenizer.json.")],
+    directory: Annotated[Path, typer.Argument(help="With config.json, safetensors and tokenizer.json.")],
     tag: Annotated[str | None, typer.Option(help="Name the checkpoint, such as qwen@base.")] = None,
 ) -> None:
     """Read a published checkpoint (DeepSeek V2, V3, R1, Llama, Qwen2, Qwen3) as one that any stage can start from.

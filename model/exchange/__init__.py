@@ -74,8 +74,7 @@ def write_published(
         copy_tokenizer(tokenizer_dir, directory)
     (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     cuts = {
-        name: Spec(specs[place.ours].dtype, place.part.shape(specs[place.ours].shape))
-        for name, place in places.items()
+        name: Spec(specs[place.ours].dtype, place.part.shape(specs[place.ours].shape)) for name, place in places.items()
     }
     write_shards(directory, cuts, lambda name: [places[name].cut(read(places[name].ours))], max_shard_bytes)
 

@@ -144,7 +144,7 @@ def from_published(published: Mapping[str, Any]) -> ModelConfig:
     methods = ("noaux_tc",) if sigmoid else ("greedy", "group_limited_greedy")
     method = published.get("topk_method") or methods[0]
     if method not in methods:
-        raise ConfigError(f"config.json: topk_method={method!r}; a {published['model_type']} has {' or '.join(methods)}")
+        raise ConfigError(f"config.json: topk_method={method!r}; implemented is {' or '.join(methods)}")
     implemented = {
         "attention_bias": False,
         "mlp_bias": False,

@@ -40,7 +40,7 @@ class PublishedWeights(Shards):
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json. InputError where there is none; ConfigError for a quantization that `PublishedWeights` cannot undo."""
+    """config.json. InputError if there is none, ConfigError for a quantization that `PublishedWeights` cannot undo."""
     file = directory / "config.json"
     if not file.is_file():
         raise InputError(f"{directory} holds no config.json: it is not a published checkpoint")

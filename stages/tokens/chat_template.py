@@ -85,7 +85,7 @@ def _published(
     """Turn by turn, the prompt of each reply encoded as at inference, so that training sees the same ids."""
     for message in messages:
         if forged := [mark for mark in tokenizer.special_ids if mark in message["content"]]:
-            raise InputError(f"a message contains {forged[0]!r}, which this checkpoint's chat template takes for a mark")
+            raise InputError(f"a message contains {forged[0]!r}, a mark of this checkpoint's chat template")
     whole = _text(messages, tokenizer, generation_prompt)
     ids: list[int] = []
     mask: list[int] = []

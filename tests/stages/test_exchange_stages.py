@@ -30,7 +30,7 @@ from stages.rl.engines.native import NativeEngine
 from stages.sft import SftConfig, sft
 from stages.tokens.bpe import load_tokenizer, train
 from stages.tokens.chat_template import JINJA, render
-from stages.training.checkpoint import load_config, load_model
+from stages.training.checkpoint import load_config, load_model, save_model
 
 SHARD_BYTES = 20_000
 
@@ -244,3 +244,48 @@ def test_peak_memory_stays_below_twice_the_largest_shard(tmp_path):
     for what, peak in peaks.items():
         print(f"{what}: peak {peak / 1e6:.0f} MB, largest file {largest[what] / 1e6:.0f} MB, weights {total / 1e6:.0f}")
         assert peak < 2 * largest[what] < total / 2
+
+
+GROUPED = {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "d_ff": 128}
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+FAMILIES = {
+    **{name: {"family": name, **GROUPED} for name in ("llama", "qwen2", "qwen3")},
+    "deepseek_v3": {
+        **{"d_model": 64, "n_layers": 3, "n_heads": 2, "d_ff": 128, "n_groups": 4, "n_limited_groups": 2, **LATENT},
+        **{"n_dense_layers": 1, "n_routed_experts": 8, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 32},
+    },
+}
+PROMPTS = [[0, *range(20, 20 + n)] for n in (3, 7, 12, 5)]
+GREEDY = """
+import json, sys
+from stages.rl.engines.base import Sampling
+from stages.rl.engines.vllm import VllmEngine
+from stages.training.checkpoint import load_model
+
+engine = VllmEngine(load_model(sys.argv[1]), sys.argv[1])
+replies = engine.generate(json.loads(sys.argv[2]), Sampling(24, temperature=0.0), seed=0)
+print("REPLIES", json.dumps([reply.tokens for reply in replies]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_vllms(family, tmp_path):
+    """vLLM on the exported files, in a process of its own: it cannot be started twice in one."""
+    pytest.importorskip("vllm")
+    torch.manual_seed(0)
+    tokenizer = train(["so Pull 0123456789." * 3], 280, digits="single", min_frequency=1)
+    tokenizer.save(tmp_path)
+    model = Transformer(
+        ModelConfig(vocab_size=tokenizer.vocab_size, max_position=128, init_std=0.1, **FAMILIES[family])
+    )
+    save_model(tmp_path, model.eval(), None)
+    done = subprocess.run(
+        [sys.executable, "-c", GREEDY, str(tmp_path), json.dumps(PROMPTS)],
+        **{"capture_output": True, "text": True, "timeout": 500, "cwd": Path(__file__).parents[2]},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("REPLIES"))[8:])
+    ours = [reply.tokens for reply in NativeEngine(model).generate(PROMPTS, Sampling(24, temperature=0.0), seed=0)]
+    assert [tokenizer.decode(tokens) for tokens in ours] == [tokenizer.decode(tokens) for tokens in theirs]
+    assert ours == theirs

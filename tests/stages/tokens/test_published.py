@@ -11,9 +11,10 @@ from stages.rl.prompts import prompt_ids, reply_text
 from stages.tokens.bpe import load_tokenizer
 from stages.tokens.chat_template import render
 
-R1 = """{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ '<|im_start|>' + message.content }}
-{%- else %}{{ '<|im_start|>' + message.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"""
+R1 = """{{ bos_token }}{% for message in messages %}
+{%- if message.role == 'user' %}{{ '<|im_start|>' + message.content }}
+{%- else %}{{ '<|im_start|>' + message.content.split('</think>')[-1] + eos_token }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>' }}{% endif %}"""
 TURNS = [
     {"role": "user", "content": "3 + 4 = ?"},
     {"role": "assistant", "content": "<think>3 + 4 = 7</think><answer>7</answer>"},
