@@ -23,7 +23,7 @@ from model.config import ModelConfig
 from model.exchange import deepseek, llama, qwen
 from model.exchange.layout import Part, Place
 from model.exchange.reader import PublishedWeights, read_config
-from model.exchange.shards import MAX_SHARD_BYTES, Read, Spec, Specs, write_shards
+from model.exchange.shards import MAX_SHARD_BYTES, Read, Spec, Specs, specs_of, write_shards
 from model.transformer import Transformer
 
 __all__ = [
@@ -37,7 +37,13 @@ __all__ = [
 ]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_LAYOUTS = {"deepseek_v3": deepseek, "deepseek_v2": deepseek, "llama": llama, "qwen2": qwen, "qwen3": qwen}
+_LAYOUTS: dict[str, ModuleType] = {
+    "deepseek_v3": deepseek,
+    "deepseek_v2": deepseek,
+    "llama": llama,
+    "qwen2": qwen,
+    "qwen3": qwen,
+}
 
 
 def export_hf(
@@ -48,8 +54,7 @@ def export_hf(
 ) -> None:
     """Write `model` as a published checkpoint that AutoModelForCausalLM loads offline; creates the directory."""
     state = model.state_dict()
-    specs = {name: Spec.of(tensor) for name, tensor in state.items()}
-    write_published(model.config, specs, state.__getitem__, directory, tokenizer_dir, max_shard_bytes)
+    write_published(model.config, specs_of(state), state.__getitem__, directory, tokenizer_dir, max_shard_bytes)
 
 
 def write_published(
@@ -66,7 +71,7 @@ def write_published(
     places = {place.part.name: place for place in _places(config, specs, read)}
     for copy, source in deepseek.shared_copies(config):
         places[copy] = Place(source, 0, Part(copy, specs[source].shape[0]))
-    published = _layout(config).to_published(config)
+    published = _LAYOUTS[config.family].to_published(config)
     published["dtype"] = str(specs["embedding.weight"].dtype).removeprefix("torch.")
     published |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer_dir is not None:
@@ -91,8 +96,7 @@ def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
 def published_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
     """(published name, tensor) of every weight, without MTP's copies of embedding and head: views where possible."""
     state = model.state_dict()
-    specs = {name: Spec.of(tensor) for name, tensor in state.items()}
-    for place in _places(model.config, specs, state.__getitem__):
+    for place in _places(model.config, specs_of(state), state.__getitem__):
         yield place.part.name, place.cut(state[place.ours])
 
 
@@ -126,14 +130,14 @@ class PublishedCheckpoint:
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The rows of one of our tensors, a published tensor at a time."""
         if name not in self._entries:
-            return iter([torch.zeros(self.specs[name].shape)])
+            return iter([torch.zeros(self.specs[name].shape)])  # V2's routing bias
         return self._entries[name].pieces(self._weights.read)
 
     def _spec(self, name: str, shape: tuple[int, ...]) -> Spec:
         if name not in self._entries:
             assert name.endswith("router.bias"), name  # V2 publishes none
             return Spec(torch.float32, shape)
-        dtypes = []
+        dtypes = []  # they differ where a part is FP8 and another is not
         for part in self._entries[name].parts:
             found = self._weights.spec(part.name)
             if found.shape != part.shape(shape):
@@ -170,13 +174,9 @@ def import_hf(directory: str | Path) -> Transformer:
     return model
 
 
-def _layout(config: ModelConfig) -> ModuleType:
-    return _LAYOUTS[config.family]
-
-
 def _places(config: ModelConfig, specs: Specs, read: Read) -> Iterator[Place]:
     """Where each published tensor lies in ours. ConfigError if ours hold what the layout cannot say."""
-    entries = _layout(config).entries(config)
+    entries = _LAYOUTS[config.family].entries(config)
     lost = specs.keys() - {entry.ours for entry in entries}
     lost = {name for name in lost if not name.endswith("router.bias") or bool(read(name).any())}
     if lost:

@@ -58,6 +58,11 @@ Read = Callable[[str], Tensor]
 Pieces = Callable[[str], Iterable[Tensor]]  # a tensor's rows from first to last, in as many pieces as one likes
 
 
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    """The specs of a state dict."""
+    return {name: Spec.of(tensor) for name, tensor in tensors.items()}
+
+
 def shard_files(directory: str | Path) -> list[str]:
     """Names of the files that hold a directory's tensors, sorted. InputError if there are none."""
     if (index := Path(directory) / INDEX).is_file():

@@ -81,7 +81,7 @@ class Tokenizer:
         needed = [mark for mark in (bos_token, eos_token, self.pad_token) if mark is not None]
         needed += [USER, ASSISTANT] if template == JINJA else []
         if missing := [mark for mark in needed if backend.token_to_id(mark) is None]:
-            raise InputError(f"the tokenizer lacks the tokens {missing}: train one with the stage train_tokenizer")
+            raise InputError(f"the vocabulary lacks {missing}, which its tokenizer_config.json or chat template names")
         ids = [backend.token_to_id(mark) for mark in (eos_token, self.pad_token, USER, ASSISTANT, *MARKUP_TOKENS)]
         self.bos = None if bos_token is None else backend.token_to_id(bos_token)
         self.eos, self.pad, self.user, self.assistant = ids[:4]

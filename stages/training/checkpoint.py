@@ -5,8 +5,8 @@
     model.json            ModelConfig; enough to build the model with no other file
     tokenizer.json, …     copied from the tokens artifact, so that a checkpoint travels alone
 
-Weights keep the dtype they were saved in (an imported bf16 checkpoint stays bf16); a model built from them has fp32
-masters. Published (Hugging Face) names are model/exchange's business. The resumable state of a *running* training job
+Weights keep the dtype they were saved in (an imported bf16 checkpoint stays bf16); a model built from them is fp32.
+Published (Hugging Face) names are model/exchange's business. The resumable state of a *running* training job
 is in resume.py: it also holds the optimiser and never leaves the stage's scratch folder.
 """
 
@@ -17,7 +17,7 @@ import torch
 from infra.errors import InputError
 from model.config import ModelConfig
 from model.exchange import copy_tokenizer
-from model.exchange.shards import MAX_SHARD_BYTES, Pieces, Shards, Spec, Specs, write_shards
+from model.exchange.shards import MAX_SHARD_BYTES, Pieces, Shards, Specs, specs_of, write_shards
 from model.transformer import Transformer
 
 CONFIG = "model.json"
@@ -30,8 +30,7 @@ def save_model(directory: Path | str, model: Transformer, tokenizer_dir: Path | 
     tokenizer out, which only a unit test has reason to do.
     """
     state = model.state_dict()
-    specs = {name: Spec.of(tensor) for name, tensor in state.items()}
-    save_tensors(directory, model.config, specs, lambda name: [state[name]], tokenizer_dir)
+    save_tensors(directory, model.config, specs_of(state), lambda name: [state[name]], tokenizer_dir)
 
 
 def save_tensors(

@@ -18,7 +18,7 @@ from infra.stage import Context, run
 from infra.store import ArtifactStore
 from model.config import ModelConfig
 from model.exchange import export_hf
-from model.exchange.shards import INDEX, Spec, write_shards
+from model.exchange.shards import INDEX, specs_of, write_shards
 from model.transformer import Transformer
 from stages.evaluate import EvaluateConfig, evaluate
 from stages.export import ExportConfig, export
@@ -227,8 +227,7 @@ def test_peak_memory_stays_below_twice_the_largest_shard(tmp_path):
             made[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in tensor.shape], 2.0)
         made[name] = tensor
     (save_to / "config.json").write_text((tmp_path / "bf16/config.json").read_text())
-    specs = {name: Spec.of(tensor) for name, tensor in made.items()}
-    write_shards(save_to, specs, lambda name: [made[name]], limit)
+    write_shards(save_to, specs_of(made), lambda name: [made[name]], limit)
     out = tmp_path / "measured"
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, str(save_to), str(limit), str(out)],

@@ -107,7 +107,7 @@ def test_what_is_missing_is_named(publish):
     folder = publish()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<s>"}))
-    with pytest.raises(InputError, match=r"lacks the tokens \['<s>'\]"):
+    with pytest.raises(InputError, match=r"the vocabulary lacks \['<s>'\]"):
         load_tokenizer(folder)
     description = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(description | {"decoder": {"type": "Fuse"}}))
