@@ -15,12 +15,13 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flows import cli_artifacts
+from flows import cli_artifacts, cli_exchange
 from flows.console import RunView, console, counts_table, plan_table
 from flows.environment import explorer_address, open_store, prepare, server_address
-from infra.config import nearest
+from infra.config import Config, nearest
 from infra.errors import ConfigError, FathomError
 from infra.settings import Settings
+from infra.stage import Stage
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -38,7 +39,7 @@ class _Group(TyperGroup):
             console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            makes = ctx.invoked_subcommand in ("run", "stage")
+            makes = ctx.invoked_subcommand in ("run", "stage", "export", "import")
             resumed = ": nothing half-made was kept; the same command goes on from here" if makes else ""
             console(stderr=True).print(f"interrupted{resumed}")
             ctx.exit(INTERRUPTED)
@@ -147,8 +148,16 @@ def stage(
     found.check_roles(inputs)
     store = open_store(Settings.load())
     inputs = {role: store.resolve(ref) for role, ref in inputs.items()}
-    flow = _prepared("flows.stages", "stage_flow")(found)
-    _watch(flow, config=values, inputs=nested(inputs), force=force)
+    run_stage(found, values, inputs, force)
+
+
+def run_stage(stage: Stage, config: Config, inputs: dict[str, str], force: bool = False) -> None:
+    """Run one stage through Prefect, on artifact ids by role, with a view of its progress."""
+    flow = _prepared("flows.stages", "stage_flow")(stage)
+    _watch(flow, config=config, inputs=nested(inputs), force=force)
+
+
+cli_exchange.register(app)
 
 
 @app.command()

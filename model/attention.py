@@ -38,7 +38,10 @@ LATENT_EPS = 1e-6  # of the norms on the latents: a constant in every published 
 
 
 class GroupedQueryAttention(nn.Module):
-    """Softmax attention whose H query heads share KV key/value heads; biases on q, k, v in the qwen2 family."""
+    """Softmax attention whose H query heads share KV key/value heads.
+
+    The qwen2 family has biases on q, k and v; the qwen3 family a norm over each query and key head before RoPE.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,6 +49,9 @@ class GroupedQueryAttention(nn.Module):
         self.scale = softmax_scale(config)
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv = Linear(config.d_model, width, bias=config.family == "qwen2")
+        normed = config.family == "qwen3"
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if normed else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if normed else None
         self.out = Linear(self.n_heads * self.head_dim, config.d_model)
 
     def forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> Tensor:
@@ -80,6 +86,9 @@ class GroupedQueryAttention(nn.Module):
     def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         heads_BTHd = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         qk, v = heads_BTHd.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         qk = kernels.apply_rope(qk, *rope.per_head())
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

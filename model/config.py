@@ -7,6 +7,7 @@
   FFN is dense.
 - `llama`: grouped-query attention, dense FFN (DeepSeek LLM 7B and 67B, the Llama students).
 - `qwen2`: llama with biases on the query, key and value projections (the Qwen students).
+- `qwen3`: llama with an RMSNorm on each query and key head before RoPE.
 
 Field names are the papers' and the field's (DeepSeek-V3's inference code, the published config.json).
 """
@@ -23,7 +24,7 @@ from infra.config import Config, Field
 class ModelConfig(Config):
     """Shape of a decoder-only transformer. `n_kv_heads` and `head_dim` default from the other widths."""
 
-    family: Literal["deepseek_v3", "llama", "qwen2"] = Field("deepseek_v3", title="Family")
+    family: Literal["deepseek_v3", "llama", "qwen2", "qwen3"] = Field("deepseek_v3", title="Family")
     vocab_size: int = Field(4096, title="Vocabulary size", ge=2)
     d_model: int = Field(128, title="Model width", ge=1)
     n_layers: int = Field(4, title="Layers", ge=1)
@@ -269,7 +270,8 @@ class ModelConfig(Config):
         return blocks + self.vocab_size * self.d_model
 
     def _block_norms(self) -> int:
-        return 2 * self.d_model + (self.kv_lora_rank or 0) + (self.q_lora_rank or 0)
+        heads = 2 * self.head_dim if self.family == "qwen3" else 0
+        return 2 * self.d_model + (self.kv_lora_rank or 0) + (self.q_lora_rank or 0) + heads
 
     def _block_matrices(self, layer: int, experts: int) -> int:
         d, heads = self.d_model, self.n_heads

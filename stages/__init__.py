@@ -28,6 +28,7 @@ NAMES = (
     "distill",
     "evaluate",
     "export",
+    "import_checkpoint",
     "report",
 )
 

@@ -11,7 +11,7 @@ from infra.stage import Context, Inputs, stage
 from stages.training.checkpoint import load_config
 from stages.training.supervised import SupervisedConfig, fine_tune, read_conversations
 
-STUDENT_FAMILIES = ("llama", "qwen2")
+STUDENT_FAMILIES = ("llama", "qwen2", "qwen3")
 
 
 class DistillConfig(SupervisedConfig):

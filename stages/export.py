@@ -1,7 +1,8 @@
 """Export: a checkpoint in the published format of its family, checked against transformers before it is committed.
 
-The folder loads in transformers, vLLM and SGLang. The check feeds the same real tokens to our model and to the
-exported one as transformers builds it; a difference beyond fp32 rounding fails the stage.
+Weights go from file to file in the dtype that they have. The folder loads in transformers, vLLM and SGLang. The check
+feeds the same real tokens to our model and to the exported one as transformers builds it, both in fp32; a difference
+beyond fp32 rounding fails the stage.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import torch
 from infra.config import Config, Field
 from infra.errors import InputError
 from infra.stage import Context, Inputs, stage
-from model.exchange import export_hf
+from model.exchange import write_published
+from model.exchange.shards import MAX_SHARD_BYTES, Shards
 from stages.tokens.bpe import load_tokenizer
-from stages.training.checkpoint import load_model
+from stages.training.checkpoint import load_config, load_model
 
 SAMPLE = (
     "Everything that a stage leaves behind is an artifact, and every artifact knows what it was made of. "
@@ -22,20 +24,21 @@ SAMPLE = (
 
 
 class ExportConfig(Config):
+    max_shard_bytes: int = Field(MAX_SHARD_BYTES, title="Largest file", description="Bytes of weights a file.", ge=1)
     tolerance: float = Field(
         1e-3, title="Tolerance", description="Largest difference of a logit, relative to the largest logit.", gt=0
     )
 
 
-@stage(version=1, takes={"checkpoint": "checkpoint"}, makes="export")
+@stage(version=2, takes={"checkpoint": "checkpoint"}, makes="export")
 def export(config: ExportConfig, inputs: Inputs, ctx: Context) -> dict:
     """Write a checkpoint in the published format and compare its logits with transformers'."""
     source = inputs["checkpoint"].path
-    model = load_model(source)
-    export_hf(model, ctx.out, source)
-    tokens_BT = torch.tensor([load_tokenizer(source).encode(SAMPLE)[: model.config.max_position]])
+    model, weights = load_config(source), Shards(source)
+    write_published(model, weights.specs, weights.read, ctx.out, source, config.max_shard_bytes)
+    tokens_BT = torch.tensor([load_tokenizer(source).encode(SAMPLE)[: model.max_position]])
     with torch.no_grad():
-        ours_BTV = model(tokens_BT).logits_BTV
+        ours_BTV = load_model(source)(tokens_BT).logits_BTV  # one model at a time
         theirs_BTV = _published_logits(str(ctx.out), tokens_BT)
     difference = float((ours_BTV - theirs_BTV).abs().max())
     if not difference <= config.tolerance * float(ours_BTV.abs().max()):
@@ -44,8 +47,8 @@ def export(config: ExportConfig, inputs: Inputs, ctx: Context) -> dict:
             "nothing was committed"
         )
     return {
-        "family": model.config.family,
-        "parameters": model.config.n_parameters(),
+        "family": model.family,
+        "parameters": model.n_parameters(),
         "max_logits_difference": difference,
         "compared_tokens": tokens_BT.shape[1],
         "greedy_agreement": float((ours_BTV.argmax(-1) == theirs_BTV.argmax(-1)).float().mean()),

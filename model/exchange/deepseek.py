@@ -34,7 +34,7 @@ def entries(config: ModelConfig) -> list[Entry]:
 
 
 def shared_copies(config: ModelConfig) -> list[tuple[str, str]]:
-    """(published name, ours) of what MTP modules share with the main model and the layout repeats."""
+    """(published name, ours) of what MTP modules share with the main model and the layout repeats; no MTP, none."""
     head = "embedding.weight" if config.tie_embeddings else "head.weight"
     return [
         copy
@@ -143,8 +143,13 @@ def to_published(config: ModelConfig) -> dict[str, Any]:
 def from_published(published: Mapping[str, Any]) -> ModelConfig:
     """ModelConfig from config.json."""
     sigmoid = published["model_type"] == "deepseek_v3"
+    methods = ("noaux_tc",) if sigmoid else ("greedy", "group_limited_greedy")
+    method = published.get("topk_method") or methods[0]
+    if method not in methods:
+        raise ConfigError(f"config.json: topk_method={method!r}; implemented is {' or '.join(methods)}")
     implemented = {
         "attention_bias": False,
+        "mlp_bias": False,
         "moe_layer_freq": 1,
         "rope_interleave": True,
         "norm_topk_prob": sigmoid,
@@ -156,7 +161,7 @@ def from_published(published: Mapping[str, Any]) -> ModelConfig:
     fields = {ours: published[theirs] for ours, theirs in _SAME.items() if published.get(theirs) is not None}
     if not fields.get("n_routed_experts"):
         fields.pop("n_dense_layers", None)
-    if published.get("topk_method") == "greedy":
+    if method == "greedy":
         fields |= {"n_groups": 1, "n_limited_groups": 1}
     return ModelConfig(
         family="deepseek_v3",

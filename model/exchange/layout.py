@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -22,6 +21,25 @@ class Part:
     rows: int
     order: Tensor | None = None
 
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """Its shape as a part of a tensor of ours of that shape: rows as wide as ours, if ours have a width."""
+        return self.rows, *ours[1:][-1:]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a published tensor lies in one of ours: as `part`, from row `start` on, stacked experts end to end."""
+
+    ours: str
+    start: int
+    part: Part
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The published tensor from ours; a view where no row moves."""
+        rows = tensor.flatten(0, -2) if tensor.ndim > 2 else tensor
+        block = rows[self.start : self.start + self.part.rows]
+        return block if self.part.order is None else block[self.part.order.argsort()]
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -30,16 +48,17 @@ class Entry:
     ours: str
     parts: tuple[Part, ...]
 
-    def split(self, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Published names and tensors (views where no row moves)."""
-        rows = tensor.flatten(0, -2) if tensor.ndim > 2 else tensor
-        for part, block in zip(self.parts, rows.split([part.rows for part in self.parts]), strict=True):
-            yield part.name, block if part.order is None else block[part.order.argsort()]
+    def places(self) -> Iterator[Place]:
+        """Each part with where it begins."""
+        start = 0
+        for part in self.parts:
+            yield Place(self.ours, start, part)
+            start += part.rows
 
-    def join(self, read: Callable[[str], Tensor], shape: torch.Size) -> Tensor:
-        """Our tensor of that shape, from a reader of published names."""
-        blocks = (read(part.name) if part.order is None else read(part.name)[part.order] for part in self.parts)
-        return torch.cat(list(blocks)).view(shape)
+    def pieces(self, read: Callable[[str], Tensor]) -> Iterator[Tensor]:
+        """Our tensor's rows from first to last, a published tensor at a time, from a reader of published names."""
+        for part in self.parts:
+            yield read(part.name) if part.order is None else read(part.name)[part.order]
 
 
 def one(ours: str, published: str, rows: int) -> Entry:

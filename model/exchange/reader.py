@@ -1,59 +1,58 @@
-"""Tensors of a published checkpoint by name, read one at a time from one file or many."""
+"""Tensors of a published checkpoint, FP8 scaled back on the way."""
 
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from infra.errors import InputError
+from infra.errors import ConfigError, InputError
+from model.exchange.shards import Shards, Spec
 
 FP8_BLOCK = 128  # DeepSeek-V3's weights: one fp32 scale per 128 x 128 block (section 3.3)
 
 
-class PublishedWeights:
-    """The safetensors files of a directory, open for the length of a `with` block."""
+class PublishedWeights(Shards):
+    """Published tensors by name. FP8 weights have the specs and the values of the BF16 that they stand for."""
 
-    def __init__(self, directory: Path) -> None:
-        self._stack = ExitStack()
-        self._directory = directory
-        index = directory / "model.safetensors.index.json"
-        if index.exists():
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        elif (directory / "model.safetensors").exists():
-            with safe_open(directory / "model.safetensors", "pt") as file:
-                self._files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise InputError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json")
-
-    def __enter__(self) -> Self:
-        self._open: dict[str, Any] = {}
-        for name in sorted(set(self._files.values())):
-            if not (self._directory / name).exists():
-                raise InputError(f"{self._directory}: the index names {name}, which is not there")
-            self._open[name] = self._stack.enter_context(safe_open(self._directory / name, "pt"))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+    def spec(self, name: str) -> Spec:
+        spec = super().spec(name)
+        return Spec(torch.bfloat16, spec.shape) if spec.dtype == torch.float8_e4m3fn else spec
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that name; FP8 weights come back in bf16, scaled block by block."""
-        if name not in self._files:
-            raise InputError(f"{self._directory}: the checkpoint lacks the tensor {name}")
-        tensor = self._open[self._files[name]].get_tensor(name)
-        return self._dequantize(name, tensor) if tensor.dtype == torch.float8_e4m3fn else tensor
+        tensor = super().read(name)
+        return self._scaled(name, tensor) if tensor.dtype == torch.float8_e4m3fn else tensor
 
-    def _dequantize(self, name: str, tensor: Tensor) -> Tensor:
-        scale = self.read(f"{name}_scale_inv")
-        for dim in (0, 1):
-            scale = scale.repeat_interleave(FP8_BLOCK, dim).narrow(dim, 0, tensor.shape[dim])
-        return (tensor.float() * scale).to(torch.bfloat16)
+    def _scaled(self, name: str, tensor: Tensor) -> Tensor:
+        """fp32 products rounded to BF16, one band of blocks at a time."""
+        scales = super().read(f"{name}_scale_inv").float()
+        if tuple(scales.shape) != (blocks := tuple(-(-size // FP8_BLOCK) for size in tensor.shape)):
+            raise InputError(f"{name}_scale_inv is {list(scales.shape)}; blocks of {FP8_BLOCK} need {list(blocks)}")
+        scaled = torch.empty(tensor.shape, dtype=torch.bfloat16)
+        for number, band in enumerate(tensor.split(FP8_BLOCK)):
+            columns = scales[number].repeat_interleave(FP8_BLOCK)[: tensor.shape[1]]
+            scaled[number * FP8_BLOCK :][: len(band)] = band.float() * columns
+        return scaled
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json. InputError if there is none, ConfigError for a quantization that `PublishedWeights` cannot undo."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise InputError(f"{directory} holds no config.json: it is not a published checkpoint")
+    try:
+        published = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is no JSON: {error}") from None
+    quantization: Mapping[str, Any] = published.get("quantization_config") or {"quant_method": "fp8"}
+    blocks = quantization.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
+    if quantization.get("quant_method") != "fp8" or blocks != [FP8_BLOCK, FP8_BLOCK]:
+        raise ConfigError(
+            f"{file}: quantization_config {dict(quantization)}; only fp8 in blocks of {FP8_BLOCK} x {FP8_BLOCK} is "
+            "implemented: publish the weights in bf16"
+        )
+    return published

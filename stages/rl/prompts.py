@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from stages.tokens.bpe import EOS, Tokenizer
+from stages.tokens.bpe import Tokenizer
 from stages.tokens.chat_template import render
 
 Template = Literal["r1_zero", "chat"]
@@ -23,9 +23,9 @@ def prompt_ids(question: str, template: Template, tokenizer: Tokenizer) -> list[
     if template == "chat":
         ids, _ = render([{"role": "user", "content": question}], tokenizer, generation_prompt=True)
         return ids
-    return [tokenizer.bos, *tokenizer.encode(question + "\n")]
+    return [*tokenizer.opening, *tokenizer.encode(question + "\n")]
 
 
 def reply_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     """Text of a reply without its EOS. Other markers stay visible: a reply that opens a new turn is malformed."""
-    return tokenizer.decode(tokens, skip_special=False).removesuffix(EOS)
+    return tokenizer.decode(tokens, skip_special=False).removesuffix(tokenizer.eos_token)

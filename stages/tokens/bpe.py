@@ -10,14 +10,18 @@ Three rules cut the text before any merge (DeepSeek-V3's tokenizer.json):
 
 `Tokenizer.encode` reads the text of a role marker or of BOS/EOS as ordinary characters: only the chat template and the
 corpus writer place those ids, so no document can forge a turn. `<think>` and its kind are ordinary vocabulary.
+
+A published model brings a byte-level BPE of its own. What the line needs to know of it is read from the files beside
+it (`bos_token`, `eos_token`, `pad_token`, chat template); its marks need not be DeepSeek's.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -56,16 +60,39 @@ def pre_tokenizer(digits: Digits) -> pre_tokenizers.PreTokenizer:
 
 
 class Tokenizer:
-    """Text to ids and back, with the ids of DeepSeek's marks as attributes."""
+    """Text to ids and back, with the ids of its marks as attributes.
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    `bos` is None where texts begin without one (Qwen), `pad` is `eos` where the files name none (Llama). `user`,
+    `assistant` and the markup are None in a vocabulary that lacks them.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        bos_token: str | None = BOS,
+        eos_token: str = EOS,
+        pad_token: str | None = PAD,
+        template: str | None = JINJA,
+    ) -> None:
         backend.encode_special_tokens = True  # read markers inside text as plain characters
         self._backend = backend
-        ids = {token: backend.token_to_id(token) for token in (*SPECIAL_TOKENS, *MARKUP_TOKENS)}
-        if missing := [token for token, number in ids.items() if number is None]:
-            raise InputError(f"the tokenizer lacks the tokens {missing}: train one with the stage train_tokenizer")
-        self.bos, self.eos, self.pad, self.user, self.assistant = (ids[token] for token in SPECIAL_TOKENS)
-        self.think, self.end_think, self.answer, self.end_answer = (ids[token] for token in MARKUP_TOKENS)
+        self.bos_token, self.eos_token, self.pad_token = bos_token, eos_token, pad_token or eos_token
+        self.template = template
+        needed = [mark for mark in (bos_token, eos_token, self.pad_token) if mark is not None]
+        needed += [USER, ASSISTANT] if template == JINJA else []
+        if missing := [mark for mark in needed if backend.token_to_id(mark) is None]:
+            raise InputError(f"the vocabulary lacks {missing}, which its tokenizer_config.json or chat template names")
+        ids = [backend.token_to_id(mark) for mark in (eos_token, self.pad_token, USER, ASSISTANT, *MARKUP_TOKENS)]
+        self.bos = None if bos_token is None else backend.token_to_id(bos_token)
+        self.eos, self.pad, self.user, self.assistant = ids[:4]
+        self.think, self.end_think, self.answer, self.end_answer = ids[4:]
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = {token.content: number for number, token in added.items() if token.special}
+
+    @property
+    def opening(self) -> list[int]:
+        """What a text begins with: BOS, or nothing where the vocabulary has none."""
+        return [] if self.bos is None else [self.bos]
 
     @property
     def vocab_size(self) -> int:
@@ -78,6 +105,16 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, on all cores that RAYON_NUM_THREADS allows."""
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of a chat template's output, in which the text of a special token means that token."""
+        marks = "|".join(re.escape(mark) for mark in sorted(self.special_ids, key=len, reverse=True))
+        pieces = re.split(f"({marks})", text) if marks else [text]
+        return [
+            number
+            for piece in pieces
+            for number in ([self.special_ids[piece]] if piece in self.special_ids else self.encode(piece))
+        ]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 come out as U+FFFD. `<think>` and `<answer>` are text and stay."""
@@ -130,8 +167,32 @@ def train(texts: Iterable[str], vocab_size: int, digits: Digits = "triples", min
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Read a tokenizer saved by `Tokenizer.save`, alone or copied beside a checkpoint or token shards."""
+    """Read a tokenizer saved by `Tokenizer.save`, alone or copied beside a checkpoint or token shards, or a published
+    one. InputError names what is missing: the file, the `eos_token`, or a byte-level decoder.
+    """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{directory} holds no tokenizer.json: give a tokenizer, tokens or checkpoint artifact")
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    if not isinstance(backend.decoder, decoders.ByteLevel):
+        raise InputError(f"{path}: its decoder is not ByteLevel; only byte-level vocabularies are implemented")
+    said = read_settings(Path(directory))
+    if said.get("eos_token") is None:
+        raise InputError(f"{directory}: tokenizer_config.json names no eos_token, and a reply could not end: add it")
+    tokens = {name: said.get(name) for name in ("bos_token", "eos_token", "pad_token")}
+    return Tokenizer(backend, **tokens, template=said.get("chat_template"))
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What the files beside tokenizer.json say: tokens as text, the default chat template; absent what is null."""
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second has the last word
+        if (directory / name).is_file():
+            said |= json.loads((directory / name).read_text(encoding="utf-8"))
+    said = {name: value["content"] if isinstance(value, dict) and "content" in value else value
+            for name, value in said.items() if value is not None}  # fmt: skip
+    if isinstance(template := said.get("chat_template"), list):  # several by name
+        said["chat_template"] = {one["name"]: one["template"] for one in template}.get("default")
+    if (directory / "chat_template.jinja").is_file():
+        said["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    return said

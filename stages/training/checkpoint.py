@@ -1,28 +1,26 @@
 """The `checkpoint` artifact on disk: weights under our own names, the model's config, the tokenizer.
 
-    model.safetensors     every parameter and persistent buffer (routing biases included), as trained
+    model.safetensors     every parameter and persistent buffer (routing biases included), as trained; what exceeds
+                          5 GB lies in model-00001-of-… and so on, with an index (model/exchange/shards.py)
     model.json            ModelConfig; enough to build the model with no other file
     tokenizer.json, …     copied from the tokens artifact, so that a checkpoint travels alone
 
-Published (Hugging Face) names are model/exchange's business. The resumable state of a *running* training job is
-in resume.py: it also holds the optimiser and never leaves the stage's scratch folder.
+Weights keep the dtype they were saved in (an imported bf16 checkpoint stays bf16); a model built from them is fp32.
+Published (Hugging Face) names are model/exchange's business. The resumable state of a *running* training job
+is in resume.py: it also holds the optimiser and never leaves the stage's scratch folder.
 """
 
-import errno
-import shutil
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_model as load_tensors
-from safetensors.torch import save_model as save_tensors
+import torch
 
 from infra.errors import InputError
 from model.config import ModelConfig
+from model.exchange import copy_tokenizer
+from model.exchange.shards import MAX_SHARD_BYTES, Pieces, Shards, Specs, specs_of, write_shards
 from model.transformer import Transformer
 
-WEIGHTS = "model.safetensors"
 CONFIG = "model.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def save_model(directory: Path | str, model: Transformer, tokenizer_dir: Path | str | None) -> None:
@@ -31,19 +29,26 @@ def save_model(directory: Path | str, model: Transformer, tokenizer_dir: Path | 
     `tokenizer_dir` is any artifact folder that holds a tokenizer (tokenizer, tokens or checkpoint); None leaves the
     tokenizer out, which only a unit test has reason to do.
     """
+    state = model.state_dict()
+    save_tensors(directory, model.config, specs_of(state), lambda name: [state[name]], tokenizer_dir)
+
+
+def save_tensors(
+    directory: Path | str,
+    config: ModelConfig,
+    specs: Specs,
+    pieces: Pieces,
+    tokenizer_dir: Path | str | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> list[Path]:
+    """`save_model` of tensors that need not be in memory; the files of weights."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        save_tensors(model, str(directory / WEIGHTS))  # writes tied tensors once
-    except SafetensorError as error:  # which names an operating system's error in its text alone
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            if f"os error {number})" in str(error):
-                raise OSError(number, str(error), str(directory / WEIGHTS)) from error
-        raise
-    (directory / WEIGHTS).chmod(0o644)  # safetensors makes it its owner's alone
-    (directory / CONFIG).write_text(model.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    paths = write_shards(directory, specs, pieces, max_shard_bytes)
+    (directory / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if tokenizer_dir is not None:
         copy_tokenizer(tokenizer_dir, directory)
+    return paths
 
 
 def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
@@ -63,22 +68,20 @@ def load_config(directory: Path | str) -> ModelConfig:
     return ModelConfig.model_validate_json(path.read_text(encoding="utf-8"))
 
 
+@torch.no_grad()
 def load_weights(model: Transformer, directory: Path | str) -> Transformer:
     """Copy a checkpoint's weights into `model`, whose config may differ in what owns no weights (YaRN, lengths)."""
-    path = Path(directory) / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{directory} is not a checkpoint: it has no {WEIGHTS}.")
-    try:
-        load_tensors(model, str(path))
-    except RuntimeError as error:
-        raise InputError(f"the weights in {path} do not fit the model they should fill: {error}") from error
+    weights = Shards(directory)
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    saved = {name: spec.shape for name, spec in weights.specs.items()}
+    if shapes != saved:
+        differing = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+        first = differing[0]
+        raise InputError(
+            f"the weights in {directory} do not fit the model they should fill: {len(differing)} tensors differ, first "
+            f"{first}, {saved.get(first, 'absent')} there and {shapes.get(first, 'absent')} in the model"
+        )
+    for name in weights.specs:
+        state[name].copy_(weights.read(name))
     return model
-
-
-def copy_tokenizer(source: Path | str, destination: Path | str) -> None:
-    """Copy the tokenizer's files from one artifact folder into another. Raises InputError if there is none."""
-    if not (Path(source) / "tokenizer.json").is_file():
-        raise InputError(f"{source} holds no tokenizer.json; a checkpoint carries the tokenizer it was trained with.")
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(destination) / name)

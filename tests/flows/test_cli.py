@@ -103,6 +103,9 @@ def test_gc_deletes_only_what_no_tag_reaches(store_copy: Path) -> None:
         (["stage", "grpo"], 2, "grpo needs input checkpoint (checkpoint), problems (problems)"),
         (["artifacts", "show", "nothing"], 4, "no artifact or tag 'nothing'"),
         (["chat", "cubes@latest"], 3, "chat needs a checkpoint"),
+        (["export", "cubes@latest"], 3, "export needs a checkpoint"),
+        (["export", "cubes@latest", "/"], 2, "is not an empty folder"),
+        (["import", "absent"], 3, "is not a directory"),
         (["artifacts", "list", "--kind", "checkpoints"], 2, "no kind 'checkpoints'; did you mean 'checkpoint'"),
         (["artifacts", "list", "--stage", "pretran"], 2, "no stage 'pretran'; did you mean 'pretrain'"),
         (["artifacts", "lst"], 2, "No such command"),
@@ -214,7 +217,9 @@ def test_a_plan_counts_the_models_that_it_trains_from_random_weights(
     assert "KV cache" not in fathom(tmp_path, "plan", "corpus", "--recipe", recipe).stdout
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["stage"], ["chat"], ["up"], ["artifacts", "list"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["plan"], ["stage"], ["chat"], ["export"], ["import"], ["up"], ["artifacts", "list"]]
+)
 def test_help_has_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0

@@ -52,6 +52,7 @@ def test_the_counts_equal_the_model_built_on_the_meta_device(name):
         ModelConfig(**MOE, router="gshard", capacity_factor=1.0),
         ModelConfig(**{**MOE, "n_activated_experts": 1}, router="hash", n_mtp=1),
         ModelConfig(family="qwen2", n_kv_heads=2),
+        ModelConfig(family="qwen3", n_kv_heads=2, head_dim=48),
         ModelConfig(family="llama", n_kv_heads=1, head_dim=48),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -12,19 +13,22 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from infra.errors import ConfigError, InputError
 from model.config import ModelConfig
+from model.exchange import deepseek as deepseek_layout
 from model.exchange import export_hf, import_hf
+from model.presets import preset
 from model.rope import attention_factor, inverse_frequencies
 from model.router import Router
 from model.transformer import Transformer
 
 YARN = {"rope_factor": 4.0, "original_max_position": 64, "max_position": 256, "beta_fast": 8.0}
+SHARD_BYTES = 20_000
 
 
-def deepseek(seed: int) -> ModelConfig:
-    """A V3- or V2-shaped config; seeds walk through the switches, the widths are random."""
-    rng = random.Random(seed)
-    groups = rng.choice([1, 2, 4])
-    experts = rng.choice([8, 16])
+def deepseek(version: int, seed: int) -> ModelConfig:
+    """Seeds walk through the switches (query latent 1 3, YaRN 2 3, V2's groups 1 3, tied 2); widths are random."""
+    rng = random.Random(f"{version}/{seed}")
+    groups = rng.choice([1, 2, 4]) if version == 3 else rng.choice([2, 4]) if seed % 2 else 1
+    yarn = {**YARN, "mscale": 0.707, "mscale_all_dim": rng.choice([0.707, 1.0])}
     return ModelConfig(
         vocab_size=rng.choice([97, 128]),
         d_model=rng.choice([32, 48]),
@@ -37,35 +41,46 @@ def deepseek(seed: int) -> ModelConfig:
         qk_rope_head_dim=rng.choice([4, 8]),
         v_head_dim=rng.choice([8, 12]),
         n_dense_layers=seed % 3,
-        n_routed_experts=experts,
+        n_routed_experts=rng.choice([8, 16]),
         n_activated_experts=rng.choice([2, 4]),
         n_shared_experts=rng.choice([1, 2]),
         moe_d_ff=rng.choice([12, 16]),
         n_groups=groups,
         n_limited_groups=max(1, groups // 2),
-        route_scale=rng.choice([1.0, 2.5]),
-        score_function="softmax" if seed % 4 == 3 else "sigmoid",
-        tie_embeddings=seed == 4,
+        route_scale=rng.choice([1.0, 2.5, 16.0]),
+        score_function="sigmoid" if version == 3 else "softmax",
+        tie_embeddings=seed == 2,
         init_std=0.1,
-        **({**YARN, "mscale": 0.707, "mscale_all_dim": rng.choice([0.707, 1.0])} if seed % 2 == 0 else {}),
+        **(yarn if seed >= 2 else {}),
     )
 
 
-def grouped(family: str, **changes) -> ModelConfig:
-    widths = {"d_model": 48, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 80, "vocab_size": 97}
-    return ModelConfig(family=family, init_std=0.1, **{**widths, **changes})
+def grouped(family: str, seed: int) -> ModelConfig:
+    """Seed 0 has heads of its own width, 1 ties the embeddings under YaRN, 2 is multi-query under YaRN."""
+    rng = random.Random(f"{family}/{seed}")
+    heads = rng.choice([2, 4])
+    return ModelConfig(
+        family=family,
+        vocab_size=rng.choice([97, 128]),
+        d_model=rng.choice([32, 48]),
+        n_layers=2,
+        n_heads=heads,
+        n_kv_heads=1 if seed == 2 else rng.choice([heads // 2, heads]),
+        head_dim=rng.choice([20, 32]) if seed == 0 else rng.choice([8, 16]),
+        d_ff=rng.choice([40, 80]),
+        rope_theta=rng.choice([1e4, 1e6]),
+        tie_embeddings=seed == 1,
+        init_std=0.1,
+        **(YARN if seed else {}),
+    )
 
 
 CASES = {
-    **{f"deepseek_{seed}": deepseek(seed) for seed in range(8)},
-    "deepseek_dense": deepseek(1).replace(
+    **{f"v{version}_{seed}": deepseek(version, seed) for version in (3, 2) for seed in range(4)},
+    **{f"{family}_{seed}": grouped(family, seed) for family in ("llama", "qwen2", "qwen3") for seed in range(3)},
+    "dense": deepseek(3, 1).replace(
         n_routed_experts=0, n_activated_experts=0, n_shared_experts=0, n_dense_layers=0, n_groups=1, n_limited_groups=1
     ),
-    "llama": grouped("llama"),
-    "llama_yarn_tied": grouped("llama", tie_embeddings=True, **YARN),
-    "llama_wide_heads": grouped("llama", head_dim=16, n_kv_heads=1),
-    "qwen2": grouped("qwen2", n_kv_heads=4),
-    "qwen2_yarn_tied": grouped("qwen2", tie_embeddings=True, rope_theta=1e6, **YARN),
 }
 
 
@@ -91,34 +106,34 @@ def same_state(a: Transformer, b: Transformer) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_those_of_transformers_and_the_round_trip_is_exact(name, tmp_path):
+def test_logits_equal_those_of_transformers_both_ways_and_round_trips_are_exact(name, tmp_path):
     model = build(CASES[name])
-    export_hf(model, tmp_path)
-    oracle = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    export_hf(model, tmp_path / "whole")
+    export_hf(model, tmp_path / "sharded", max_shard_bytes=SHARD_BYTES)
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
+    for folder in ("whole", "sharded"):
+        back = import_hf(tmp_path / folder)
+        assert back.config == model.config
+        same_state(model, back)
+
+    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", dtype=torch.float32)
+    oracle.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    oracle.save_pretrained(tmp_path / "theirs whole")
+    assert (tmp_path / "theirs/model.safetensors.index.json").exists()
+    theirs = import_hf(tmp_path / "theirs")
+    same_state(model, theirs)
+    same_state(model, import_hf(tmp_path / "theirs whole"))
+    assert theirs.config == model.config
     tokens_BT = torch.randint(model.config.vocab_size, (3, 40))
     with torch.no_grad():
-        error = (oracle(tokens_BT).logits - model(tokens_BT).logits_BTV).abs().max().item()
-    print(f"{name}: max |Δlogit| {error:.2e}")
-    assert error <= 1e-4
-    back = import_hf(tmp_path)
-    assert back.config == model.config
-    same_state(model, back)
-
-
-@pytest.mark.parametrize("name", ["deepseek_0", "deepseek_1", "deepseek_3", "llama_yarn_tied", "qwen2"])
-def test_what_transformers_saves_comes_back_exactly_sharded_or_not(name, tmp_path):
-    model = build(CASES[name])
-    export_hf(model, tmp_path / "ours")
-    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    oracle.save_pretrained(tmp_path / "whole")
-    oracle.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
-    assert (tmp_path / "sharded/model.safetensors.index.json").exists()
-    same_state(model, import_hf(tmp_path / "whole"))
-    same_state(model, import_hf(tmp_path / "sharded"))
+        expected_BTV = oracle(tokens_BT).logits
+        errors = [float((expected_BTV - ours(tokens_BT).logits_BTV).abs().max()) for ours in (model, theirs)]
+    print(f"{name}: max |Δlogit| exported {errors[0]:.2e}, imported {errors[1]:.2e}")
+    assert max(errors) <= 1e-4
 
 
 def test_mtp_modules_keep_the_published_layout_and_equal_transformers(tmp_path):
-    model = build(CASES["deepseek_1"].replace(n_mtp=1))
+    model = build(CASES["v3_1"].replace(n_mtp=1))
     config = model.config
     export_hf(model, tmp_path)
     prefix = f"model.layers.{config.n_layers}."
@@ -162,7 +177,7 @@ def test_mtp_modules_keep_the_published_layout_and_equal_transformers(tmp_path):
 
 
 def test_yarn_frequencies_equal_those_of_transformers(tmp_path):
-    for name in ("deepseek_0", "llama_yarn_tied", "qwen2_yarn_tied"):
+    for name in ("v3_2", "v2_3", "llama_1", "qwen2_1", "qwen3_1"):
         config = CASES[name]
         export_hf(Transformer(config), tmp_path / name)
         oracle = AutoModelForCausalLM.from_pretrained(tmp_path / name).config
@@ -173,7 +188,7 @@ def test_yarn_frequencies_equal_those_of_transformers(tmp_path):
 
 def test_the_released_form_of_v3_config_and_fp8_weights_is_read(tmp_path):
     """Released V3: `rope_scaling`, `rope_theta`, FP8 weights with a scale per 128 x 128 block."""
-    config = CASES["deepseek_1"].replace(d_model=160, **YARN)
+    config = CASES["v3_1"].replace(d_model=160, **YARN)
     model = build(config)
     export_hf(model, tmp_path)
     published = json.loads((tmp_path / "config.json").read_text())
@@ -195,23 +210,70 @@ def test_the_released_form_of_v3_config_and_fp8_weights_is_read(tmp_path):
     torch.testing.assert_close(read, model.blocks[0].attention.out.weight, rtol=0.08, atol=0.01)
 
 
-def test_a_missing_tensor_and_an_unknown_architecture_say_so(tmp_path):
-    model = build(CASES["llama"])
+def test_a_missing_tensor_and_a_missing_folder_say_so(tmp_path):
+    model = build(CASES["llama_0"])
     export_hf(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         import_hf(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(ConfigError, match="mamba"):
-        import_hf(tmp_path)
     with pytest.raises(InputError, match="not a published checkpoint"):
         import_hf(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama_0", {"model_type": "mamba"}, "model_type 'mamba'; implemented are deepseek_v3"),
+        ("llama_0", {"model_type": "deepseek"}, "model_type 'deepseek'"),
+        ("llama_0", {"architectures": ["LlamaForSequenceClassification"]}, "read as LlamaForCausalLM alone"),
+        ("llama_0", {"attention_bias": True}, "attention_bias"),
+        ("llama_0", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("llama_0", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+        ("llama_0", {"quantization_config": {"quant_method": "awq"}}, "'awq'"),
+        ("llama_0", {"hidden_size": None}, "lacks hidden_size"),
+        ("qwen2_0", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3_0", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ("qwen3_0", {"attention_bias": True}, "attention_bias"),
+        ("v2_0", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("v2_0", {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'"),
+        ("v3_0", {"topk_method": "greedy"}, "topk_method='greedy'"),
+        ("v3_0", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(name, changes, message, tmp_path):
+    export_hf(build(CASES[name]), tmp_path)
+    published = json.loads((tmp_path / "config.json").read_text()) | changes
+    published = {field: value for field, value in published.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        import_hf(tmp_path)
+
+
+def test_a_tensor_of_another_shape_or_without_a_place_is_named(tmp_path):
+    export_hf(build(CASES["llama_0"]), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"llama has no place for model\.layers\.0\.self_attn\.q_norm\.weight"):
+        import_hf(tmp_path)
+    save_file({**tensors, "model.norm.weight": torch.ones(7)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.norm\.weight is \[7\]; config\.json makes it"):
+        import_hf(tmp_path)
+
+
+def test_a_table_of_v2_and_v2_lite_says_how_published_code_routes():
+    lite, whole = (deepseek_layout.to_published(preset(name)) for name in ("v2_lite", "v2"))
+    assert (lite["topk_method"], lite["scoring_func"], lite["routed_scaling_factor"]) == ("greedy", "softmax", 1.0)
+    assert (whole["topk_method"], whole["n_group"], whole["topk_group"]) == ("group_limited_greedy", 8, 3)
+    assert whole["routed_scaling_factor"] == 16.0
+    assert not lite["norm_topk_prob"]
+    for name, published in (("v2_lite", lite), ("v2", whole)):
+        assert deepseek_layout.from_published(published) == preset(name)
+
+
 def test_a_routing_bias_that_v2_has_no_place_for_is_refused(tmp_path):
-    model = build(CASES["deepseek_3"])
+    model = build(CASES["v2_3"])
     next(module for module in model.modules() if isinstance(module, Router)).bias[0] = 1.0
     with pytest.raises(ConfigError, match=r"router\.bias"):
         export_hf(model, tmp_path)

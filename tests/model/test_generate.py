@@ -32,6 +32,9 @@ CONFIGS = {
     "mla_q_lora_yarn": DEEPSEEK.replace(q_lora_rank=16, rope_factor=4.0, original_max_position=32),
     "gqa": ModelConfig(family="llama", vocab_size=96, d_model=32, n_layers=2, n_kv_heads=2, init_std=0.2),
     "qwen2": ModelConfig(family="qwen2", vocab_size=96, d_model=32, n_layers=2, n_kv_heads=1, init_std=0.2),
+    "qwen3": ModelConfig(
+        family="qwen3", vocab_size=96, d_model=32, n_layers=2, n_kv_heads=2, head_dim=24, init_std=0.2
+    ),
 }
 
 

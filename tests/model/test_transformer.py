@@ -33,6 +33,9 @@ FAMILIES = {
     "deepseek": TINY,
     "llama": ModelConfig(family="llama", vocab_size=128, d_model=32, n_layers=2, n_kv_heads=2, init_std=0.1),
     "qwen2": ModelConfig(family="qwen2", vocab_size=128, d_model=32, n_layers=2, n_kv_heads=1, init_std=0.1),
+    "qwen3": ModelConfig(
+        family="qwen3", vocab_size=128, d_model=32, n_layers=2, n_kv_heads=2, head_dim=24, init_std=0.1
+    ),
 }
 
 
