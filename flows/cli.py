@@ -137,7 +137,7 @@ def stage(
       fathom stage evaluate --config eval.yaml --input checkpoint=base@latest --input problems=generate_problems@latest
     """
     import stages
-    from flows.pipelines import Node, Pipeline, nested
+    from flows.pipelines import Node, Pipeline
     from flows.recipes import Recipe
 
     found = stages.load(name)
@@ -153,6 +153,8 @@ def stage(
 
 def run_stage(stage: Stage, config: Config, inputs: dict[str, str], force: bool = False) -> None:
     """Run one stage through Prefect, on artifact ids by role, with a view of its progress."""
+    from flows.pipelines import nested
+
     flow = _prepared("flows.stages", "stage_flow")(stage)
     _watch(flow, config=config, inputs=nested(inputs), force=force)
 
