@@ -28,18 +28,19 @@ class Rotation(NamedTuple):
 
 def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotation:
     """The rotation of integer `positions` [...]; angles in fp32, rounded to `dtype` at the end."""
-    angles = positions[..., None].float() * inverse_frequencies(config).to(positions.device)
+    angles = positions[..., None].float() * inverse_frequencies(config, positions.device)
     factor = attention_factor(config)
     return Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
+def inverse_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
     """Angle per position of each rotary pair, fp32 [R/2]; YaRN's "NTK by parts" blend when `rope_factor` > 1.
 
     A pair that turns more than `beta_fast` times within the original context keeps its frequency, one that turns
     less than `beta_slow` times is slowed by `rope_factor`, and a linear ramp joins them (YaRN, section 3.2).
     """
-    pairs = torch.arange(0, config.rope_dim, 2, dtype=torch.float32)
+    # Made where it is used: to copy it there would hold the host back until the device has done all that is queued.
+    pairs = torch.arange(0, config.rope_dim, 2, dtype=torch.float32, device=device)
     kept = 1.0 / (config.rope_theta ** (pairs / config.rope_dim))
     if config.rope_factor == 1:
         return kept
@@ -51,7 +52,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
     low = max(math.floor(pair_turning(config.beta_fast)), 0)
     high = min(math.ceil(pair_turning(config.beta_slow)), config.rope_dim - 1)
-    steps = torch.arange(config.rope_dim // 2, dtype=torch.float32) - low
+    steps = torch.arange(config.rope_dim // 2, dtype=torch.float32, device=device) - low
     interpolate = (steps / max(high - low, 0.001)).clamp(0, 1)
     return kept / config.rope_factor * interpolate + kept * (1 - interpolate)
 
