@@ -113,7 +113,7 @@ def _held_out(found: Findings) -> list[str]:
         f"{found.parametric.at(run['scale'], run['tokens']):.4f}.",
         "",
         f"Its scale M was predicted as {_interval(scale, '.3g')} FLOPs per token and run at {run['scale']:.3g} "
-        f"({run['n_layers']} layers, width {run['d_model']}), learning rate {run['peak']:.2e}, batch "
+        f"(depth {run['n_layers']}, width {run['d_model']}), learning rate {run['peak']:.2e}, batch "
         f"{run['batch_tokens']} tokens, {run['steps']} steps.",
         "",
     ]
