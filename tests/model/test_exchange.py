@@ -56,7 +56,7 @@ def deepseek(version: int, seed: int) -> ModelConfig:
 
 
 def grouped(family: str, seed: int) -> ModelConfig:
-    """Seed 1 ties the embeddings, 2 is multi-query, both under YaRN; all but Qwen2 have heads of a width of their own."""
+    """Seed 1 ties the embeddings, 2 is multi-query, both under YaRN; but for Qwen2, heads have their own width."""
     rng = random.Random(f"{family}/{seed}")
     heads, d_model = rng.choice([2, 4]), rng.choice([32, 48])
     return ModelConfig(
