@@ -30,7 +30,9 @@ def entries(config: ModelConfig) -> list[Entry]:
 
 
 def to_published(config: ModelConfig) -> dict[str, Any]:
-    """config.json."""
+    """config.json. ConfigError for Qwen2 heads of their own width: its config has no word for it, vLLM divides."""
+    if config.family == "qwen2" and config.head_dim * config.n_heads != config.d_model:
+        raise ConfigError(f"qwen2: head_dim ({config.head_dim}) must be d_model / n_heads; qwen3 may have another")
     return {
         "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,

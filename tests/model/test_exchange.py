@@ -56,17 +56,17 @@ def deepseek(version: int, seed: int) -> ModelConfig:
 
 
 def grouped(family: str, seed: int) -> ModelConfig:
-    """Seed 0 has heads of its own width, 1 ties the embeddings under YaRN, 2 is multi-query under YaRN."""
+    """Seed 1 ties the embeddings, 2 is multi-query, both under YaRN; but for Qwen2, heads have their own width."""
     rng = random.Random(f"{family}/{seed}")
-    heads = rng.choice([2, 4])
+    heads, d_model = rng.choice([2, 4]), rng.choice([32, 48])
     return ModelConfig(
         family=family,
         vocab_size=rng.choice([97, 128]),
-        d_model=rng.choice([32, 48]),
+        d_model=d_model,
         n_layers=2,
         n_heads=heads,
         n_kv_heads=1 if seed == 2 else rng.choice([heads // 2, heads]),
-        head_dim=rng.choice([20, 32]) if seed == 0 else rng.choice([8, 16]),
+        head_dim=d_model // heads if family == "qwen2" else rng.choice([10, 20, 28]),
         d_ff=rng.choice([40, 80]),
         rope_theta=rng.choice([1e4, 1e6]),
         tie_embeddings=seed == 1,
@@ -260,6 +260,11 @@ def test_a_tensor_of_another_shape_or_without_a_place_is_named(tmp_path):
     save_file({**tensors, "model.norm.weight": torch.ones(7)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.norm\.weight is \[7\]; config\.json makes it"):
         import_hf(tmp_path)
+
+
+def test_qwen2_heads_of_another_width_cannot_be_published(tmp_path):
+    with pytest.raises(ConfigError, match=r"qwen2: head_dim \(20\) must be d_model / n_heads"):
+        export_hf(build(CASES["qwen2_0"].replace(head_dim=20)), tmp_path)
 
 
 def test_a_table_of_v2_and_v2_lite_says_how_published_code_routes():

@@ -245,10 +245,11 @@ def test_peak_memory_stays_below_twice_the_largest_shard(tmp_path):
         assert peak < 2 * largest[what] < total / 2
 
 
-GROUPED = {"d_model": 64, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 32, "d_ff": 128}
+GROUPED = {"d_model": 64, "n_layers": 3, "n_heads": 2, "n_kv_heads": 1, "d_ff": 128}
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 FAMILIES = {
-    **{name: {"family": name, **GROUPED} for name in ("llama", "qwen2", "qwen3")},
+    **{name: {"family": name, **GROUPED} for name in ("llama", "qwen2")},
+    "qwen3": {"family": "qwen3", **GROUPED, "head_dim": 64},
     "deepseek_v3": {
         **{"d_model": 64, "n_layers": 3, "n_heads": 2, "d_ff": 128, "n_groups": 4, "n_limited_groups": 2, **LATENT},
         **{"n_dense_layers": 1, "n_routed_experts": 8, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 32},
