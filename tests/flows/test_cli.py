@@ -103,6 +103,8 @@ def test_gc_deletes_only_what_no_tag_reaches(store_copy: Path) -> None:
         (["stage", "grpo"], 2, "grpo needs input checkpoint (checkpoint), problems (problems)"),
         (["artifacts", "show", "nothing"], 4, "no artifact or tag 'nothing'"),
         (["chat", "cubes@latest"], 3, "chat needs a checkpoint"),
+        (["serve", "cubes@latest"], 3, "serve needs a checkpoint"),
+        (["serve", "cubes@latest", "--engine", "vlm"], 2, "'vlm' is not one of"),
         (["artifacts", "list", "--kind", "checkpoints"], 2, "no kind 'checkpoints'; did you mean 'checkpoint'"),
         (["artifacts", "list", "--stage", "pretran"], 2, "no stage 'pretran'; did you mean 'pretrain'"),
         (["artifacts", "lst"], 2, "No such command"),
@@ -176,7 +178,9 @@ def test_a_plan_is_machine_readable_and_says_why(tmp_path: Path) -> None:
     assert json.loads(blocked.stdout)[-1]["state"] == "blocked"
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["stage"], ["chat"], ["up"], ["artifacts", "list"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["plan"], ["stage"], ["chat"], ["serve"], ["up"], ["artifacts", "list"]]
+)
 def test_help_has_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
