@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flows import cli_artifacts, cli_exchange
+from flows import cli_artifacts, cli_exchange, cli_models
 from flows.console import RunView, console, counts_table, plan_table
 from flows.environment import explorer_address, open_store, prepare, server_address
 from infra.config import Config, nearest
@@ -54,6 +54,7 @@ app = typer.Typer(
     help="Raw text to a reasoning model. Start with: [bold]fathom run line --recipe tiny[/]",
 )
 app.add_typer(cli_artifacts.app, name="artifacts")
+app.command()(cli_models.serve)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Set = Annotated[

@@ -7,9 +7,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from infra.store import ArtifactStore
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -57,3 +62,62 @@ def fathom(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a micro model with MLA, experts and MTP that answers any question in the reply format."""
+    import torch
+
+    from model.config import ModelConfig
+    from model.transformer import Transformer
+    from stages.tokens.bpe import train
+    from stages.tokens.chat_template import render
+    from stages.training.checkpoint import save_model
+
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = train(["so Pull 0123456789." * 3], 280, digits="single", min_frequency=1)
+    tokenizer.save(folder)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        **{"vocab_size": tokenizer.vocab_size, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64},
+        **{"kv_lora_rank": 16, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 24, "init_std": 0.05},
+        **{"n_dense_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 16},
+        **{"max_position": 96, "n_mtp": 1},
+    )
+    model = Transformer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    asked = [({"role": "user", "content": f"Pull {n}."}, f"<think>so</think><answer>{n}</answer>") for n in range(10)]
+    tokens_BT = torch.tensor([render([q, {"role": "assistant", "content": a}], tokenizer)[0] for q, a in asked])
+    for _ in range(80):
+        output = model(tokens_BT[:, :-1])
+        loss = -output.log_probs(tokens_BT[:, 1:]).mean() - output.log_probs(tokens_BT[:, 2:], depth=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_model(folder, model, None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chat_store(chat_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
+    """A store with that checkpoint under the tag arm@latest."""
+    from infra.artifact import Manifest, Provenance, recipe_id
+    from infra.store import ArtifactStore
+
+    store = ArtifactStore(tmp_path_factory.mktemp("chat-store") / "store")
+    manifest = Manifest(
+        **{
+            "id": recipe_id("pretrain", 1, {}, {}),
+            "kind": "checkpoint",
+            "stage": "pretrain",
+            "stage_version": 1,
+            "config": {},
+        },
+        **{"inputs": {}, "summary": {}, "provenance": Provenance(), "files": (), "created": datetime.now(UTC)},
+    )
+    with store.draft(manifest.id) as (out, _):
+        shutil.copytree(chat_checkpoint, out, dirs_exist_ok=True)
+        store.commit(out, manifest)
+    store.tag("arm@latest", manifest.id)
+    return store

@@ -106,6 +106,8 @@ def test_gc_deletes_only_what_no_tag_reaches(store_copy: Path) -> None:
         (["export", "cubes@latest"], 3, "export needs a checkpoint"),
         (["export", "cubes@latest", "/"], 2, "is not an empty folder"),
         (["import", "absent"], 3, "is not a directory"),
+        (["serve", "cubes@latest"], 3, "serve needs a checkpoint"),
+        (["serve", "cubes@latest", "--engine", "vlm"], 2, "'vlm' is not one of"),
         (["artifacts", "list", "--kind", "checkpoints"], 2, "no kind 'checkpoints'; did you mean 'checkpoint'"),
         (["artifacts", "list", "--stage", "pretran"], 2, "no stage 'pretran'; did you mean 'pretrain'"),
         (["artifacts", "lst"], 2, "No such command"),
@@ -218,7 +220,8 @@ def test_a_plan_counts_the_models_that_it_trains_from_random_weights(
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["plan"], ["stage"], ["chat"], ["export"], ["import"], ["up"], ["artifacts", "list"]]
+    "command",
+    [[], ["run"], ["plan"], ["stage"], ["chat"], ["export"], ["import"], ["serve"], ["up"], ["artifacts", "list"]],
 )
 def test_help_has_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])

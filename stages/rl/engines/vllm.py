@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from model.config import ModelConfig
 from model.exchange import export_hf, published_tensors
 from model.transformer import Transformer
 from stages.rl.engines.base import Reply, Sampling
@@ -26,6 +27,7 @@ from stages.rl.engines.base import Reply, Sampling
 CPU_CACHE_GIB = 1  # else vLLM takes a large share of the memory
 GPU_MEMORY_SHARE = 0.4  # the learner lives on the same device
 MLA_KERNEL_SHAPE = (512, 64)
+COMPILATION = {"custom_ops": ["-rotary_embedding"]}
 
 
 class VllmEngine:
@@ -34,7 +36,8 @@ class VllmEngine:
     def __init__(self, model: Transformer, tokenizer_dir: str) -> None:
         self._model = model
         self._cpu = not torch.cuda.is_available()
-        _set_environment(model, self._cpu)
+        os.environ.update(environment(model.config, self._cpu))
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where its weights are reached
         if self._cpu:
             _keep_plain_linears()
         from vllm import LLM
@@ -48,7 +51,7 @@ class VllmEngine:
                 enforce_eager=self._cpu,
                 enable_prefix_caching=False,
                 logprobs_mode="processed_logprobs",  # after the temperature, as the learner computes them
-                compilation_config={"custom_ops": ["-rotary_embedding"]},
+                compilation_config=COMPILATION,
                 gpu_memory_utilization=GPU_MEMORY_SHARE,
                 disable_log_stats=True,
             )
@@ -94,16 +97,15 @@ def _reply(output: Any) -> Reply:
     return Reply(tokens, logprobs, output.finish_reason == "stop")
 
 
-def _set_environment(model: Transformer, cpu: bool) -> None:
-    """vLLM reads these when it is imported or builds an engine."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process, where its weights can be reached
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+def environment(config: ModelConfig, cpu: bool) -> dict[str, str]:
+    """What vLLM reads when it is imported or builds an engine for a model of this config."""
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
     if cpu:
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_CACHE_GIB)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # every rank has an engine: none may claim all cores
-        shape = (model.config.kv_lora_rank, model.config.qk_rope_head_dim)
-        if model.config.is_mla and shape != MLA_KERNEL_SHAPE:
-            os.environ["VLLM_MLA_DISABLE"] = "1"
+        variables["VLLM_CPU_KVCACHE_SPACE"] = str(CPU_CACHE_GIB)
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # every rank has an engine: none may claim all cores
+        if config.is_mla and (config.kv_lora_rank, config.qk_rope_head_dim) != MLA_KERNEL_SHAPE:
+            variables["VLLM_MLA_DISABLE"] = "1"
+    return variables
 
 
 def _keep_plain_linears() -> None:

@@ -1,0 +1,110 @@
+"""`fathom serve`: OpenAI's HTTP API on a checkpoint, by vLLM or by our own engine.
+
+vLLM serves what the stage `export` writes (it is run, or its artifact reused), in processes of its own with the flags
+that its version needs. Our own engine (`flows.server`) reads the checkpoint as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any, Literal
+
+import torch
+
+import stages
+from flows.console import console
+from flows.services import ServiceFailed
+from infra.artifact import Artifact
+from infra.errors import InputError
+from infra.settings import Settings
+from infra.stage import run
+from infra.store import ArtifactStore
+from stages.rl.engines import vllm
+from stages.tokens.bpe import load_tokenizer
+from stages.training.checkpoint import load_config, load_model
+
+EngineName = Literal["native", "vllm"]
+ENDED = (0, -signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def serve(
+    store: ArtifactStore,
+    settings: Settings,
+    ref: str,
+    host: str,
+    port: int,
+    engine: EngineName | None,
+    speculate: bool,
+    max_batch: int,
+) -> None:
+    """Serve until interrupted. Without an engine named: vLLM where it is installed, else ours."""
+    artifact = store.check(ref)
+    if artifact.kind != "checkpoint":
+        raise InputError(f"{artifact.id} is a {artifact.kind}: serve needs a checkpoint")
+    chosen = engine or ("vllm" if importlib.util.find_spec("vllm") else "native")
+    names = list(dict.fromkeys([ref, artifact.id]))
+    console(stderr=True).print(f"{artifact.id} on http://{host}:{port}/v1, engine {chosen}; Ctrl-C ends it")
+    with store.holding([artifact.id]):
+        if chosen == "vllm":
+            serve_vllm(store, settings, artifact, names, host, port, speculate, max_batch)
+        else:
+            serve_natively(artifact, names, host, port, speculate, max_batch)
+
+
+def serve_natively(artifact: Artifact, names: list[str], host: str, port: int, speculate: bool, max_batch: int) -> None:
+    import uvicorn
+
+    from flows.server.app import Service, make_app
+    from flows.server.engine import Engine
+
+    model = load_model(artifact.path, "cuda" if torch.cuda.is_available() else "cpu")
+    engine = Engine(model, max_batch, speculate)
+    app = make_app(Service(engine, load_tokenizer(artifact.path), names))
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def serve_vllm(
+    store: ArtifactStore,
+    settings: Settings,
+    artifact: Artifact,
+    names: list[str],
+    host: str,
+    port: int,
+    speculate: bool,
+    max_batch: int,
+) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("vLLM is not installed (make setup installs the lock that has it): use --engine native")
+    config = load_config(artifact.path)
+    stage = stages.load("export")
+    export = run(stage, stage.config_type(), {"checkpoint": artifact.id}, store, settings).artifact
+    cpu = not torch.cuda.is_available()
+    flags: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "max-model-len": config.max_position,
+        "max-num-seqs": max_batch,
+        "dtype": "float32" if cpu else "bfloat16",
+        "compilation-config": json.dumps(vllm.COMPILATION),
+        "reasoning-parser": "deepseek_r1",
+    }
+    if speculate:
+        flags["speculative-config"] = json.dumps({"method": "mtp", "num_speculative_tokens": config.n_mtp})
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(export.path)]
+    command += ["--served-model-name", *names, "--no-enable-prefix-caching"]
+    command += ["--enforce-eager"] if cpu else []
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    with store.holding([export.id]):
+        process = subprocess.Popen(command, env={**os.environ, **vllm.environment(config, cpu)})
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the terminal has told vLLM too
+            code = process.wait()
+    if code not in ENDED:
+        raise ServiceFailed(f"vLLM ended with code {code}; its log above says why")

@@ -1,0 +1,1 @@
+"""Our own minimal server behind OpenAI's HTTP API: `engine` batches, `protocol` reads and writes, `app` answers."""
