@@ -124,7 +124,7 @@ class Haystacks:
 def find_needles(
     model: Transformer, haystacks: Haystacks, tokens_at_once: int, ranks: Ranks, report: Report, done_before: int
 ) -> list[dict[str, Any]]:
-    """One record a case of this rank's share; whole batches of one length, so that no prompt is padded."""
+    """One record a case of this rank's share, asked in batches of one length, so that no prompt is padded."""
     mine = range(ranks.rank, len(haystacks.cells), ranks.world)
     digits_C = torch.tensor(spell(DIGITS, haystacks.tokenizer), device=ranks.device)
     records: list[dict[str, Any]] = []
@@ -134,11 +134,6 @@ def find_needles(
         records += _ask(model, [haystacks.case(number) for number in rows], digits_C)
         report(done_before + ranks.world * len(records), done_before + len(haystacks.cells), "needles")
     return records
-
-
-def _candidates(haystacks: Haystacks, device: torch.device) -> Tensor:
-    """The ids of the ten digits."""
-    return torch.tensor(spell(DIGITS, haystacks._tokenizer), device=device)
 
 
 def _ask(model: Transformer, cases: Sequence[Case], digits_C: Tensor) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ class PackedLoader:
     def _windows(self, samples_B: np.ndarray) -> np.ndarray:
         if not self._shuffle:
             return samples_B % self.n_windows
-        # Of the first n samples, the whole part of n times the rate are long: no two readers of a run need to agree.
+        # Of the first n samples floor(n · rate) are long, so a sample's kind and place are functions of its number.
         before_B, after_B = (np.floor(n * self.long_rate).astype(np.int64) for n in (samples_B, samples_B + 1))
         long_B = after_B > before_B
         windows_B = np.empty_like(samples_B)

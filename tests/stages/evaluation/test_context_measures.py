@@ -15,11 +15,12 @@ from stages.evaluation.context import ContextJob, compare, gather, headline, mea
 from stages.evaluation.intervals import bootstrap_mean, bootstrap_ratio, wilson
 from stages.evaluation.lengths import length_table, spread, window_losses
 from stages.evaluation.needle import CHANCE, Haystacks, NeedleGrid, find_needles, needle_table
+from stages.problems.lookup import plant
 from stages.problems.problem import split_of
 from stages.tokens.bpe import train
 from stages.tokens.loader import PackedLoader
 from stages.tokens.packing import LongDocuments
-from stages.tokens.shards import ShardWriter, write_index
+from stages.tokens.shards import ShardWriter, TokenShards, write_index
 from stages.training.checkpoint import save_model
 from stages.training.distributed import Ranks
 
@@ -243,3 +244,31 @@ def test_bf16_measures_what_fp32_measures_to_its_precision(tokens_dir, tokenizer
     for ours, theirs in zip(rounded.losses, exact.losses, strict=True):
         assert ours.position[:, 0] != pytest.approx(theirs.position[:, 0], rel=1e-6)
         assert ours.position[:, 0] == pytest.approx(theirs.position[:, 0], rel=0.02)
+
+
+@pytest.mark.slow
+def test_a_small_model_that_is_shown_lookups_learns_to_find_held_out_ones(tokens_dir, tokenizer):
+    """Two layers, no number in common with the cases: at chance for long, then it looks back and finds nearly all."""
+    torch.manual_seed(0)
+    widths = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 128, "max_position": 128, "init_std": 0.05}
+    model = Transformer(ModelConfig(family="llama", vocab_size=tokenizer.vocab_size, **widths))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    made = haystacks(tokens_dir, tokenizer, NeedleGrid(lengths=(112,), depths=5, cases=5))
+    text_T = TokenShards(tokens_dir, "validation").read(0, 2000).astype(np.int64)
+    rng, ranked = np.random.default_rng(0), []
+    for step in range(6000):
+        starts = rng.integers(0, len(text_T) - 112, 16)
+        tokens_BT = torch.from_numpy(np.stack([plant(text_T[start : start + 112], tokenizer, rng) for start in starts]))
+        loss = -model(tokens_BT[:, :-1]).log_probs(tokens_BT[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 200 == 0:
+            records = find_needles(model, made, 112 * 50, CPU, ignore, 0)
+            ranked.append(np.mean([record["ranked"] for record in records]))
+            if ranked[-1] > 0.9:
+                break
+    print(f"{16 * (step + 1)} lookups: {ranked[-1]:.2f} of digits first, {[round(float(r), 2) for r in ranked]}")
+    assert ranked[0] < 0.2
+    assert ranked[-1] > 0.9
+    assert np.mean([record["retrieved"] for record in records]) > 0.6
