@@ -29,6 +29,8 @@ from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_config, load_model
 
 EngineName = Literal["native", "vllm"]
+# What `vllm serve` runs. The command itself looks up its version under a name that the CPU build does not have.
+VLLM_SERVE = "vllm.entrypoints.launchers.api_server.entry"
 ENDED = (0, -signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
@@ -85,6 +87,7 @@ def serve_vllm(
     export = run(stage, stage.config_type(), {"checkpoint": artifact.id}, store, settings).artifact
     cpu = not torch.cuda.is_available()
     flags: dict[str, Any] = {
+        "model": export.path,
         "host": host,
         "port": port,
         "max-model-len": config.max_position,
@@ -95,8 +98,7 @@ def serve_vllm(
     }
     if speculate:
         flags["speculative-config"] = json.dumps({"method": "mtp", "num_speculative_tokens": config.n_mtp})
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(export.path)]
-    command += ["--served-model-name", *names, "--no-enable-prefix-caching"]
+    command = [sys.executable, "-m", VLLM_SERVE, "--served-model-name", *names, "--no-enable-prefix-caching"]
     command += ["--enforce-eager"] if cpu else []
     command += [f"--{name}={value}" for name, value in flags.items()]
     with store.holding([export.id]):
