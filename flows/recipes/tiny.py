@@ -36,7 +36,7 @@ GRPO = {
 
 ZERO = {"rewards": {"accuracy": 1.0, "format": 0.1}}  # R1-Zero has no language reward (DeepSeek-R1, section 2.2)
 
-# At these budgets the best size is some 10⁴ FLOPs per token. Heads four wide let the width grow in small steps.
+# At the budgets below the best size is a few 10⁴ FLOPs per token. Heads four wide let the width grow in small steps.
 LADDER = {"family": "llama", "d_model": 64, "n_layers": 2, "n_heads": 16, "d_ff": 176, "init_std": 0.1}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -73,15 +73,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "model": LADDER,
         "sequence_length": 64,
         "batch_size": 4,
-        "learning_rate": {"schedule": "multi_step_v1", "peak": 2e-2, "warmup_steps": 5},
-        "hyper": {"budgets": [{"compute": 1e9, "scale": 2e4}, {"compute": 4e9, "scale": 3.2e4}]},
+        "learning_rate": {"schedule": "multi_step_v1", "peak": 3e-2, "warmup_steps": 5},
+        "hyper": {
+            "budgets": [
+                {"compute": 5e8, "scale": 2e4},
+                {"compute": 1.2e9, "scale": 2e4},
+                {"compute": 3e9, "scale": 3.2e4},
+            ]
+        },
         "budgets": [
-            {"compute": 3e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 6e4]},
-            {"compute": 5e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 7.8e4]},
-            {"compute": 9e9, "scales": [1.1e4, 2e4, 3.2e4, 6e4, 1e5]},
-            {"compute": 1.6e10, "scales": [2e4, 3.2e4, 4.5e4, 7.8e4, 1.2e5]},
+            {"compute": 2.5e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 6e4]},
+            {"compute": 4e9, "scales": [1.1e4, 2e4, 3.2e4, 4.5e4, 7.8e4]},
+            {"compute": 7e9, "scales": [1.1e4, 2e4, 3.2e4, 6e4, 1e5]},
+            {"compute": 1.2e10, "scales": [2e4, 3.2e4, 4.5e4, 7.8e4, 1.2e5]},
         ],
-        "held_out": 4e10,
+        "held_out": 3e10,
     },
     "extend_context": {
         "phases": [
