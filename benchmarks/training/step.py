@@ -171,6 +171,7 @@ def plot_parts(parts: dict[str, float], step_ms: float, path: Path) -> None:
     axes = figure.subplots()
     bars = axes.barh(list(parts), list(parts.values()))
     axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.margins(x=0.1)
     axes.invert_yaxis()
     axes.set(xlabel="ms a step", title=f"{step_ms:.0f} ms a step; all products at 785 TFLOP/s: {ideal:.0f} ms")
     figure.savefig(path, dpi=110)
@@ -235,7 +236,7 @@ def write_result(found: dict[str, dict[str, Any]], path: Path, commit: str | Non
         "versions": provenance.package_versions(),
         "commit": commit,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/training/step.py", *sys.argv[1:]]),
+        "command": "python benchmarks/training/step.py --titan DIR --profile",
         "rows": rows,
         "runs": list(found.values()),
     }
