@@ -183,7 +183,7 @@ class Service:
         if isinstance(prompt[0], int):
             return [list(prompt)]  # type: ignore[arg-type]
         return [
-            [self.tokenizer.bos, *self.tokenizer.encode(one)] if isinstance(one, str) else list(one)  # type: ignore[call-overload]
+            [*self.tokenizer.opening, *self.tokenizer.encode(one)] if isinstance(one, str) else list(one)  # type: ignore[call-overload]
             for one in prompt
         ]
 
