@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/training/decode.py --checkpoint base@latest --problems generate_problems@latest
 
 Both sides generate greedily from the same exported weights in fp32: the same ragged prompts (8 to 32 tokens, padded on
-the left for transformers), the same number of tokens, no stop, one thread, in turns; a figure is the median over the
-rounds. transformers gets the fastest of its implementations of experts, found at batch 16. A drafting module must have
-learnt something, so speculation and the float8 cache are measured on a checkpoint of the store, on its line's held-out
-questions. Writes results/decode_<device>.json beside this file.
+the left for transformers), the same number of tokens, one thread, in turns; a figure is the median over the rounds. The
+last case of a model has stop tokens: transformers runs a batch until its longest reply ends, ours takes in the next
+prompt, and the tokens up to each stop count. transformers gets the fastest of its implementations of experts, found at
+batch 16. A drafting module must have learnt something, so speculation and the float8 cache are measured on a checkpoint
+of the store, on its line's held-out questions. Writes results/decode_<device>.json beside this file.
 """
 
 from __future__ import annotations
@@ -79,13 +80,21 @@ def published(model: Transformer, device: str, **options: str) -> torch.nn.Modul
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).to(device).eval()
 
 
-def peer(oracle: torch.nn.Module, prompts: list[list[int]], device: str) -> list[list[int]]:
-    """What `transformers.generate` adds to each prompt."""
+def peer(
+    oracle: torch.nn.Module, prompts: list[list[int]], device: str, stop: list[int] | None = None
+) -> list[list[int]]:
+    """What `transformers.generate` adds to each prompt; behind a stop token, padding."""
     width = max(map(len, prompts))
     padded_BT = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     real_BT = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
     return oracle.generate(padded_BT, attention_mask=real_BT, **settings)[:, width:].tolist()
+
+
+def in_batches(oracle: torch.nn.Module, prompts: list[list[int]], device: str, stop: list[int]) -> list[list[int]]:
+    """All prompts, 16 at a time."""
+    batches = (prompts[start : start + 16] for start in range(0, len(prompts), 16))
+    return [reply for batch in batches for reply in peer(oracle, batch, device, stop)]
 
 
 def against_transformers(device: str, rounds: int) -> list[dict]:
@@ -99,15 +108,29 @@ def against_transformers(device: str, rounds: int) -> list[dict]:
         peers = {kind: published(model, device, **({"experts_implementation": kind} if kind else {})) for kind in kinds}
         trial = rates({kind: partial(peer, peers[kind], prompts[:16], device) for kind in kinds}, 16 * NEW, 1)
         kind = max(trial, key=trial.__getitem__)
+
+        def record(
+            case: str, tokens: int, same: bool, sides: dict[str, Callable[[], object]], name=name, kind=kind
+        ) -> None:
+            found = rates(sides, tokens, rounds)
+            row = {"case": f"decode {name}, {case}", "metric": "tokens/s", "ours": found["ours"]}
+            row["anchors"] = {"transformers.generate": found["theirs"]}
+            rows.append(row | {"ratio": found["ours"] / found["theirs"], "same_tokens": same, "experts": kind})
+            print(rows[-1], flush=True)
+
         for batch in BATCHES:
             ours = partial(Generator(model).generate, prompts[:batch], NEW, temperature=0)
             theirs = partial(peer, peers[kind], prompts[:batch], device)
             same = [c.tokens for c in ours()] == theirs()
-            found = rates({"ours": ours, "theirs": theirs}, batch * NEW, rounds)
-            row = {"case": f"decode {name}, batch {batch}", "metric": "tokens/s", "ours": found["ours"]}
-            row["anchors"] = {"transformers.generate": found["theirs"]}
-            rows.append(row | {"ratio": found["ours"] / found["theirs"], "same_tokens": same, "experts": kind})
-            print(rows[-1], flush=True)
+            record(f"batch {batch}", batch * NEW, same, {"ours": ours, "theirs": theirs})
+
+        stop = list(range(0, config.vocab_size, 32))
+        ours = partial(Generator(model, max_batch=16).generate, prompts, NEW, temperature=0, stop_ids=stop)
+        theirs = partial(in_batches, peers[kind], prompts, device, stop)
+        replies = [completion.tokens for completion in ours()]
+        same = replies == [tokens[: len(reply)] for tokens, reply in zip(theirs(), replies, strict=True)]
+        tokens = sum(map(len, replies))
+        record(f"{len(prompts)} prompts with stops, batch 16", tokens, same, {"ours": ours, "theirs": theirs})
     return rows
 
 
