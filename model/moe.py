@@ -63,9 +63,9 @@ class MoE(nn.Module):
         return y_ND.view_as(x_BTD), Balance(order.load_E, sequence_balance_loss(scores_NE, indices_NK, len(x_BTD)))
 
     def decode(self, x_ND: Tensor) -> Tensor:
-        """`forward` without the bookkeeping of balance or of a backward pass."""
+        """`forward` without the bookkeeping of balance, and under `torch.inference_mode` without that of a backward."""
         gates_NK, indices_NK, _ = self.router(x_ND)
-        if kernels.compact(x_ND.device, x_ND.dtype):
+        if torch.is_inference_mode_enabled() and kernels.compact(x_ND.device, x_ND.dtype):
             weights = self.experts.gate_up, self.experts.down
             y_ND = kernels.routed_experts(x_ND, gates_NK, indices_NK, *(w.to(x_ND.dtype) for w in weights))
         else:
