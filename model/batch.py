@@ -31,7 +31,7 @@ CacheDtype = Literal["float8"]
 @dataclass(frozen=True, eq=False)
 class Request:
     """A prompt and how to go on from it. `draws_TU` holds random numbers in [0, 1), a row for each place of the reply
-    and a column for each use that the sampling has for one (`draws_shape`)."""
+    and a column for each use of one (`model.sampling`)."""
 
     prompt: Sequence[int]
     max_new_tokens: int
