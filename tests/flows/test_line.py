@@ -48,7 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
         **{"model.d_model": 64, "model.n_layers": 2, "model.d_ff": 128},
     },
     "extend_context": {
-        "validation_windows": 2,
+        **{"validation_windows": 2, "needle.lengths": [128, 256], "needle.depths": 2, "needle.cases": 1},
         "phases": [
             {"sequence_length": length, "rope_factor": 2.0, "steps": 4, "batch_size": 2} for length in (192, 256)
         ],
