@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,15 +15,14 @@ import typer
 from typer.core import TyperGroup
 
 from flows import cli_artifacts, cli_exchange, cli_models
-from flows.console import RunView, console, counts_table, plan_table
-from flows.environment import explorer_address, open_store, prepare, server_address
-from infra.config import Config, nearest
+from flows.console import console, counts_table, plan_table
+from flows.environment import open_store
+from flows.watch import prepared, run_stage, watch
+from infra.config import nearest
 from infra.errors import ConfigError, FathomError
 from infra.settings import Settings
-from infra.stage import Stage
 
 INTERRUPTED = 130
-TERMINATED = 143
 
 
 class _Group(TyperGroup):
@@ -54,7 +52,9 @@ app = typer.Typer(
     help="Raw text to a reasoning model. Start with: [bold]fathom run line --recipe tiny[/]",
 )
 app.add_typer(cli_artifacts.app, name="artifacts")
-app.command()(cli_models.serve)
+app.command("export")(cli_exchange.export)
+app.command("import")(cli_exchange.import_)
+app.command("serve")(cli_models.serve)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Set = Annotated[
@@ -105,11 +105,11 @@ def run(
     selection = Selection(from_, until, only, tuple(force or ()))
     selection.nodes(chosen)
     load_recipe(recipe).resolve(chosen, set_ or ())  # mistakes show before Prefect is started
-    make_flow = _prepared("flows.pipeline_flows", "pipeline_flow")
+    make_flow = prepared("flows.pipeline_flows", "pipeline_flow")
     if deployments and "PREFECT_API_URL" not in os.environ:
         raise ConfigError("--deployments needs a server and a worker: start them with fathom up")
     flow = make_flow(chosen)
-    _watch(
+    watch(
         flow,
         recipe=recipe,
         overrides=set_ or [],
@@ -150,17 +150,6 @@ def stage(
     store = open_store(Settings.load())
     inputs = {role: store.resolve(ref) for role, ref in inputs.items()}
     run_stage(found, values, inputs, force)
-
-
-def run_stage(stage: Stage, config: Config, inputs: dict[str, str], force: bool = False) -> None:
-    """Run one stage through Prefect, on artifact ids by role, with a view of its progress."""
-    from flows.pipelines import nested
-
-    flow = _prepared("flows.stages", "stage_flow")(stage)
-    _watch(flow, config=config, inputs=nested(inputs), force=force)
-
-
-cli_exchange.register(app)
 
 
 @app.command()
@@ -240,41 +229,6 @@ def down() -> None:
 
     for name in services.down(open_store(Settings.load())):
         console(stderr=True).print(f"stopped {name}")
-
-
-def _prepared(module: str, name: str) -> Any:
-    """Something of a module that imports prefect, with the environment set first."""
-    import importlib
-
-    prepare(open_store(Settings.load()), quiet="FATHOM_DEBUG_LOG" not in os.environ)
-    return getattr(importlib.import_module(module), name)
-
-
-def _watch(flow: Any, **parameters: Any) -> None:
-    """Call a flow with a view of its progress, then say what was made and where to look."""
-    from prefect.exceptions import TerminationSignal
-
-    from flows.progress import LISTENER
-
-    settings = Settings.load()
-    view = RunView()
-    token = LISTENER.set(view)
-    try:
-        flow(**parameters)
-    except TerminationSignal:
-        raise typer.Exit(TERMINATED) from None
-    finally:
-        LISTENER.reset(token)
-        view.close()
-        if "ray" in sys.modules:
-            from infra.ray import shutdown
-
-            shutdown()
-    server = server_address(open_store(settings))
-    where = {"show": "fathom artifacts show ID"}
-    if server:
-        where |= {"Prefect": server.removesuffix("/api"), "explorer": explorer_address(settings)}
-    view.summary(where)
 
 
 def _pair(text: str) -> tuple[str, str]:

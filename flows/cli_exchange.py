@@ -10,15 +10,10 @@ import typer
 
 from flows.console import console
 from flows.environment import open_store
+from flows.watch import run_stage
 from infra.errors import ConfigError, InputError
 from infra.metrics import METRICS
 from infra.settings import Settings
-
-
-def register(app: typer.Typer) -> None:
-    """Add the two commands to `fathom`."""
-    app.command("export")(export)
-    app.command("import")(import_)
 
 
 def export(
@@ -32,7 +27,6 @@ def export(
     Example: fathom export final_rl@latest ./my-model
     """
     import stages
-    from flows.cli import run_stage
 
     if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} is not an empty folder: give a new one")
@@ -63,7 +57,6 @@ def import_(
     Example: fathom import ./Qwen3-0.6B --tag qwen@base
     """
     import stages
-    from flows.cli import run_stage
 
     stage = stages.load("import_checkpoint")
     config = stage.config_type.parse({"path": str(directory.resolve())})

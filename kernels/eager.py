@@ -32,7 +32,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -
     return grad_x.to(x.dtype), grad_weight_D
 
 
-def swiglu(gate_up: Tensor, scale_N: Tensor | None) -> Tensor:
+def swiglu(gate_up: Tensor, scale_N: Tensor | None = None) -> Tensor:
     """silu(gate) · up (· scale of the row), where the last dimension holds [gate, up]."""
     gate, up = gate_up.chunk(2, dim=-1)
     y = F.silu(gate).mul_(up)

@@ -10,17 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.dispatch import implementation
+from kernels.eager import swiglu
+from kernels.reference import rms_norm
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm`."""
-    return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
-
-
-def swiglu(gate_up: Tensor, scale_N: Tensor | None = None) -> Tensor:
-    """`reference.swiglu`."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    y = F.silu(gate).mul_(up)
-    return y if scale_N is None else y.mul_(scale_N.to(y.dtype).unsqueeze(-1))
+__all__ = ["apply_rope", "rms_norm", "routed_experts", "swiglu"]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,7 +28,10 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def routed_experts(
     x_ND: Tensor, gates_NK: Tensor, indices_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
-    """`reference.routed_experts`, by grouped products over the rows of each expert one after another."""
+    """`reference.routed_experts`, by grouped products over the rows of each expert one after another.
+
+    A token's rows are gathered and summed in the order of its choices, not scattered: the same bits every time.
+    """
     expert_P, pair_P = indices_NK.flatten().sort(stable=True)
     experts_E = torch.arange(len(down_EDF), device=x_ND.device)
     ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)
@@ -42,4 +39,6 @@ def routed_experts(
     gate_up_P2F = F.grouped_mm(x_ND.index_select(0, source_P), gate_up_E2FD.transpose(1, 2), offs=ends_E)
     h_PF = swiglu(gate_up_P2F, gates_NK.flatten().index_select(0, pair_P))
     y_PD = F.grouped_mm(h_PF, down_EDF.transpose(1, 2), offs=ends_E)
-    return torch.zeros_like(x_ND).index_add_(0, source_P, y_PD)
+    row_R = torch.empty_like(pair_P)
+    row_R[pair_P] = torch.arange(len(pair_P), device=x_ND.device)
+    return implementation(y_PD).gather_sum(y_PD, row_R, len(x_ND))

@@ -101,8 +101,8 @@ class Float8Cache(Cache):
 
     def read(self, slots: int) -> Tensor:
         bits_BSC, scale_BS1, rest_BSR = (part[:, :slots] for part in self._parts)
-        latent_BSC = bits_BSC.view(FLOAT8).to(rest_BSR.dtype) * scale_BS1.to(rest_BSR.dtype)
-        return torch.cat([latent_BSC, rest_BSR], dim=-1)
+        latent_BSC = bits_BSC.view(FLOAT8).float() * scale_BS1  # rounded once, at the end
+        return torch.cat([latent_BSC.to(rest_BSR.dtype), rest_BSR], dim=-1)
 
     def _allocate(self, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         widths = (self.latent, 1, self.width - self.latent)

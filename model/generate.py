@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -35,12 +36,18 @@ class Completion:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next tokens of prompt number `prompt`; `done` on its last piece, and whether a stop token ended it."""
+    """New tokens of prompt number `number`; `done` on its last piece, and `finished` if a stop token ended it."""
 
-    prompt: int
+    number: int
     tokens: list[int]
+    logprobs: list[float]
     done: bool
     finished: bool
+
+    @classmethod
+    def of(cls, row: Row, number: int, given: int) -> Self:
+        """What a row has beyond its first `given` tokens."""
+        return cls(number, row.tokens[given:], row.logprobs[given:], row.done, row.finished)
 
 
 class Generator:
@@ -91,9 +98,8 @@ class Generator:
         given = [0] * len(prompts)
         for advanced in self._run(prompts, max_new_tokens, temperature, top_p, stop_ids, generator):
             for number, row in advanced:
-                tokens = row.tokens[given[number] :]
-                given[number] += len(tokens)
-                yield Piece(number, tokens, row.done, row.finished)
+                yield Piece.of(row, number, given[number])
+                given[number] = len(row.tokens)
 
     def _run(
         self,

@@ -148,7 +148,7 @@ class Output:
         return log_probs_N.view_as(targets_BT)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._head_VD.to(hidden.dtype)).float()
+        return F.linear(hidden, self._head_VD).float()
 
 
 class Transformer(nn.Module):
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [..., V] of states behind the final norm."""
-        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+        return F.linear(hidden, self.head_weight).float()
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor | None = None, document_BT: Tensor | None = None

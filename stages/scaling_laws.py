@@ -41,7 +41,7 @@ from stages.scaling.points import (
     write_row,
 )
 from stages.scaling.report import Findings, content, markdown, summarize
-from stages.scaling.shapes import flops_per_token, shape_for
+from stages.scaling.shapes import shape_for
 from stages.tokens.bpe import load_tokenizer
 from stages.tokens.shards import TokenShards
 from stages.training.job import Optimization
@@ -214,7 +214,7 @@ class _Runs:
 
     def _shapes(self, budget: Budget) -> list[ModelConfig]:
         """The shapes of a budget's scales, smallest first."""
-        shapes = {flops_per_token(shape, self.length): shape for shape in map(self._shape, budget.scales)}
+        shapes = {shape.non_embedding_flops_per_token(self.length): shape for shape in map(self._shape, budget.scales)}
         if len(shapes) < len(budget.scales):
             raise ConfigError(
                 f"budget {budget.compute:.3g}: {len(budget.scales)} scales give {len(shapes)} different shapes; spread "
@@ -236,7 +236,7 @@ class _Runs:
 
     def _flops(self, compute: float, shape: ModelConfig) -> float:
         """All training FLOPs of a run of `compute`: the head's come on top."""
-        return compute * shape.flops_per_token(self.length) / flops_per_token(shape, self.length)
+        return compute * shape.flops_per_token(self.length) / shape.non_embedding_flops_per_token(self.length)
 
     def _finished(self, row: Row) -> None:
         self.rows.append(row)

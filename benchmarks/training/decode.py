@@ -13,8 +13,6 @@ of the store, on its line's held-out questions. Writes results/decode_<device>.j
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import statistics
 import sys
@@ -30,8 +28,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from benchmarks import record
 from flows.recipes.tiny import MODEL, STUDENT
-from infra import provenance
 from infra.settings import Settings
 from infra.store import ArtifactStore
 from model.config import ModelConfig
@@ -106,7 +104,7 @@ def against_transformers(device: str, rounds: int) -> list[dict]:
         prompts = [torch.randint(config.vocab_size, (length,)).tolist() for length in lengths]
         kinds = EXPERTS if config.is_moe else (None,)
         peers = {kind: published(model, device, **({"experts_implementation": kind} if kind else {})) for kind in kinds}
-        trial = rates({kind: partial(peer, peers[kind], prompts[:16], device) for kind in kinds}, 16 * NEW, 1)
+        trial = rates({kind: partial(peer, peers[kind], prompts[:16], device) for kind in kinds}, 16 * NEW, 3)
         kind = max(trial, key=trial.__getitem__)
 
         def record(
@@ -182,22 +180,13 @@ def main() -> None:
         settings = Settings.load()
         store = ArtifactStore(settings.store, settings.workspace)
         rows += options(store, arguments.checkpoint, arguments.problems, arguments.device, arguments.rounds)
-    commit, dirty = provenance.git_state()
-    result = {
-        "device": provenance.device_name(),
-        "versions": provenance.package_versions(),
-        "commit": commit,
-        "dirty": dirty,
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/training/decode.py", *sys.argv[1:]]),
-        "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # others on the machine: ratios within a round hold, rates do not
-        "rows": rows,
-    }
-    path = Path(__file__).parent / "results" / f"decode_{arguments.device}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(path)
+    record.write(
+        Path(__file__).parent / "results" / f"decode_{arguments.device}.json",
+        " ".join(["python", "benchmarks/training/decode.py", *sys.argv[1:]]),
+        rows,
+        threads=torch.get_num_threads(),
+        load_average=os.getloadavg()[0],  # others on the machine: ratios within a round hold, rates do not
+    )
 
 
 if __name__ == "__main__":

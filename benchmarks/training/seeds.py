@@ -11,7 +11,6 @@ row a claim with the mean over seeds and its 95 % t interval.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -19,8 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import record
 from flows.pipelines import LINE
-from infra import provenance
 from infra.settings import Settings
 from infra.store import ArtifactStore
 
@@ -70,20 +69,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     reports = {seed: run(arguments.recipe, seed) for seed in arguments.seeds}
-    commit, dirty = provenance.git_state()
-    result = {
-        "device": provenance.device_name(),
-        "versions": provenance.package_versions(),
-        "commit": commit,
-        "dirty": dirty,
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/training/seeds.py", *sys.argv[1:]]),
-        "rows": rows_of(reports),
-    }
-    path = Path(__file__).parent / "results" / f"{arguments.recipe}_seeds.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    print(path)
+    record.write(
+        Path(__file__).parent / "results" / f"{arguments.recipe}_seeds.json",
+        " ".join(["python", "benchmarks/training/seeds.py", *sys.argv[1:]]),
+        rows_of(reports),
+    )
 
 
 if __name__ == "__main__":

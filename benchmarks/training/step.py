@@ -11,7 +11,6 @@ in a process of its own, ours first and last. Writes results/train_step.json bes
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import re
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from infra import provenance
+from benchmarks import record
 from model.config import ModelConfig
 from model.presets import preset
 
@@ -59,7 +58,7 @@ class RandomTokens:
 
 
 def our_step(folder: str) -> Any:
-    from stages.training.distributed import process_group
+    from stages.training.distributed import Ranks
     from stages.training.job import Optimization, TrainJob
     from stages.training.trainer import Trainer
 
@@ -72,8 +71,7 @@ def our_step(folder: str) -> Any:
     )
     data = RandomTokens(LENGTH, shapes().vocab_size)
     job = TrainJob(shapes(), options, data, steps=10**6, batch_size=BATCH, out=folder, scratch=folder)
-    group = process_group()
-    trainer = Trainer(job, group.__enter__())
+    trainer = Trainer(job, Ranks(0, 1, torch.device("cuda")))
     return lambda: trainer.step()["loss"]
 
 
@@ -189,7 +187,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--profile", action="store_true", help="also write train_profile.json")
-    parser.add_argument("--commit", default=provenance.git_state()[0], help="of the tree, where it is no checkout")
+    parser.add_argument("--commit", help="of the tree, where it is no checkout")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     profile = arguments.out / "train_profile.json" if arguments.profile else None
@@ -231,16 +229,8 @@ def write_result(found: dict[str, dict[str, Any]], path: Path, commit: str | Non
             "anchors": {name: 1 / row["peak_gib"] for name, row in peers_found.items()},
         },
     ]
-    result = {
-        "device": provenance.device_name(),
-        "versions": provenance.package_versions(),
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/training/step.py --titan DIR --profile",
-        "rows": rows,
-        "runs": list(found.values()),
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    command = "python benchmarks/training/step.py --titan DIR --profile"
+    record.write(path, command, rows, commit, runs=list(found.values()))
 
 
 if __name__ == "__main__":

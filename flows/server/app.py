@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from flows.server.engine import Engine, EngineFailed, Piece
+from flows.server.engine import Engine, EngineFailed
 from flows.server.protocol import (
     COMPLETION_TOKENS,
     ApiError,
@@ -26,7 +26,7 @@ from flows.server.protocol import (
 )
 from infra.errors import InputError
 from model import batch
-from model.generate import check_request
+from model.generate import Piece, check_request
 from model.sampling import N_USES
 from stages.tokens.bpe import Tokenizer
 from stages.tokens.chat_template import render

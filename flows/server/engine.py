@@ -14,6 +14,7 @@ from typing import Self
 
 from infra.errors import FathomError
 from model.batch import Batch, Request, Row
+from model.generate import Piece
 from model.transformer import Transformer
 
 
@@ -21,17 +22,6 @@ class EngineFailed(FathomError):
     """The decoding thread died; the server's log says of what."""
 
     exit_code = 8
-
-
-@dataclass(frozen=True)
-class Piece:
-    """New tokens of request number `number`. `done` on its last piece; `finished` if a stop token ended it."""
-
-    number: int
-    tokens: list[int]
-    logprobs: list[float]
-    done: bool
-    finished: bool
 
 
 @dataclass(eq=False)
@@ -81,10 +71,10 @@ class Engine:
         try:
             while (joining := self._next()) is not None:
                 if joining:
+                    self._running += joining  # before anything can fail: they are told of it like all others
                     rows = self._batch.admit([ticket.request for ticket in joining])
                     for ticket, row in zip(joining, rows, strict=True):
                         ticket.row = row
-                    self._running += joining
                 elif self._batch.n_going:
                     self._batch.step()
                 self._deliver()
@@ -115,10 +105,9 @@ class Engine:
         for ticket in self._running:
             row = ticket.row
             assert row is not None
-            tokens, logprobs = row.tokens[ticket.given :], row.logprobs[ticket.given :]
-            ticket.given = len(row.tokens)
             if not ticket.cancelled:
-                ticket.give(Piece(ticket.number, tokens, logprobs, row.done, row.finished))
+                ticket.give(Piece.of(row, ticket.number, ticket.given))
+            ticket.given = len(row.tokens)
         self._running = [ticket for ticket in self._running if ticket.row is not None and not ticket.row.done]
 
 

@@ -60,7 +60,7 @@ def _swiglu_backward(
         tl.store(grad_scale_ptr + rows, grad_scale_R, mask=rows < n)
 
 
-def swiglu(gate_up: Tensor, scale_N: Tensor | None) -> Tensor:
+def swiglu(gate_up: Tensor, scale_N: Tensor | None = None) -> Tensor:
     """`eager.swiglu`."""
     gate_up_N2F = as_rows(gate_up)
     n, f = gate_up_N2F.shape[0], gate_up_N2F.shape[1] // 2

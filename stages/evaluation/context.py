@@ -59,9 +59,8 @@ def measure_context(job: ContextJob, report: Report) -> ContextMeasure:
         config = load_config(job.checkpoint).model_copy(update={"max_position": longest})
         model = load_weights(Transformer(config).to(ranks.device), job.checkpoint).eval()
         if job.precision == "bf16":
-            for name, weight in model.named_parameters():
-                if "norm" not in name and "router" not in name:  # which stay fp32 in training too
-                    weight.data = weight.data.to(torch.bfloat16)
+            for weight in model.low_precision_weights():
+                weight.data = weight.data.to(torch.bfloat16)
         loader = PackedLoader(job.tokens, "validation", longest, 1, job.seed, documents=LongDocuments())
         bytes_V = np.array([len(spelled) for spelled in token_bytes(Path(job.tokens))])
         windows = spread(loader, min(job.windows, loader.n_windows))

@@ -16,7 +16,6 @@ from typing import Any, Literal
 from infra.artifact import digest
 from infra.errors import ConfigError
 from model.config import ModelConfig
-from stages.scaling.shapes import flops_per_token
 from stages.training.data import TokenWindows
 from stages.training.job import Optimization, TrainJob, TrainResult
 from stages.training.trainer import TrainingDiverged, train
@@ -58,7 +57,7 @@ def plan_point(
     seed: int,
 ) -> Point:
     """The point that spends `compute` on `model`, to the nearest whole step; ConfigError where those are too few."""
-    scale = flops_per_token(model, sequence_length)
+    scale = model.non_embedding_flops_per_token(sequence_length)
     steps = round(compute / (scale * batch_size * sequence_length))
     if steps < MIN_STEPS:
         raise ConfigError(
@@ -131,7 +130,7 @@ def write_row(job: PointJob, result: TrainResult | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "part": point.part,
         "compute": point.compute,
-        "scale": flops_per_token(point.model, length),
+        "scale": point.model.non_embedding_flops_per_token(length),
         "tokens": point.steps * point.batch_size * length,
         "bits_per_byte": None if result is None else _bits_per_byte(job.train.validation, result),
         "d_model": point.model.d_model,

@@ -16,7 +16,6 @@ import numpy as np
 from model.presets import preset
 from stages.scaling.isoflop import IsoFlop
 from stages.scaling.laws import PowerLaw, SaturatingLaw
-from stages.scaling.shapes import flops_per_token
 
 RATE = PowerLaw(0.3118, -0.1250)  # η_opt, section 3.1
 BATCH = PowerLaw(0.2920, 0.3271)  # B_opt in tokens, section 3.1
@@ -45,7 +44,7 @@ def settings() -> list[Setting]:
     """The 7B and the 67B model: 2T tokens, sequences of 4096, batches of 2304 and 4608 (section 2.3, table 2)."""
     rows = []
     for name, rate, sequences in (("v1_7b", 4.2e-4, 2304), ("v1_67b", 3.2e-4, 4608)):
-        compute = flops_per_token(preset(name), 4096) * 2e12
+        compute = preset(name).non_embedding_flops_per_token(4096) * 2e12
         rows.append(Setting(name, compute, rate, RATE.at(compute), sequences * 4096, BATCH.at(compute)))
     return rows
 

@@ -1,8 +1,7 @@
 """How large a model is, and which shape a ladder takes for a wanted size.
 
-The measure of size is V1's M: training FLOPs per token without the embedding and the head, 72·n_layer·d² +
-12·n_layer·d·l_seq for multi-head attention and an FFN of 8/3·d (DeepSeek LLM, section 3.2). It is counted
-here from the config itself, so that grouped queries, latent attention and experts count as what they are.
+The measure of size is V1's M, `ModelConfig.non_embedding_flops_per_token`: counted from the config itself, so that
+grouped queries, latent attention and experts count as what they are.
 """
 
 from __future__ import annotations
@@ -14,11 +13,6 @@ from model.config import ModelConfig
 
 TOLERANCE = 1 / 3  # what a shape's M may exceed the wanted one by, or fall short of it
 GRANULE = 8  # what widths other than the model's are multiples of
-
-
-def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
-    """M: non-embedding training FLOPs per token (of the activated experts, without multi-token prediction)."""
-    return model.flops_per_token(sequence_length) - 6 * model.vocab_size * model.d_model
 
 
 def at_shape(base: ModelConfig, n_heads: int, n_layers: int) -> ModelConfig:
@@ -48,7 +42,7 @@ def shape_for(base: ModelConfig, scale: float, sequence_length: int) -> ModelCon
         )
 
     def size(n_heads: int, n_layers: int) -> int:
-        return flops_per_token(at_shape(base, n_heads, n_layers), sequence_length)
+        return at_shape(base, n_heads, n_layers).non_embedding_flops_per_token(sequence_length)
 
     found: list[tuple[float, float, ModelConfig]] = []
     n_heads = 1

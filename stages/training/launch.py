@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 from infra.artifact import Scalar
 from infra.ray import spmd
 from infra.stage import Context
@@ -29,9 +31,11 @@ def summarize(job: TrainJob, result: TrainResult) -> dict[str, Scalar]:
         "train_workers": result.world,
         "skipped_steps": progress.skipped,
     }
-    for name in ("loss", "mtp_loss", "max_violation", "global_max_violation", "bias_drift", "drop_rate"):
+    for name in ("loss", "mtp_loss", "max_violation", "bias_drift", "drop_rate"):
         if (value := result.last(name)) is not None:
             summary[name] = value
+    if result.health:
+        summary["global_max_violation"] = mean(result.health["rows"][-1]["global_violation"])
     measured = "ema_bits_per_byte" if job.optimization.checkpoint_weights == "ema" else "bits_per_byte"
     for language in result.languages:
         values = result.values(f"{measured}_{language}")

@@ -92,10 +92,9 @@ class Trainer:
         self.batches = job.data.open(self.micro_batch, options.seed, ranks.rank, ranks.world)
         self.sets = validation_sets(job.validation) if job.validation else []
         self.load_shape = (job.model.n_moe_layers, job.model.n_routed_experts)
-        self.loads_LE = torch.zeros(self.load_shape, device=ranks.device)  # since the last validation
         self.bucket = GradientBucket(
             list(self.model.parameters()),
-            n_statistics=4 + self.loads_LE.numel(),
+            n_statistics=4 + math.prod(self.load_shape),
             sums=ranks.world > 1 or max(self.batch_sizes) > self.micro_batch,
         )
         self.health = RoutingHealth(job.model, options, job.steps, ranks.device)
@@ -144,7 +143,7 @@ class Trainer:
         bucket.reduce(self.ranks)
         loads_LE = bucket.statistics[4:].view(self.load_shape)
         figures = torch.cat([bucket.statistics[:4], self._routing_figures(loads_LE)])
-        # The device is waited for here and nowhere else in a step: what follows is queued while the next one is read.
+        # The device is waited for here, and else only to count masked targets: what follows is queued behind the step.
         norm = bucket.norm()
         main, mtp, balance, dropped, *routing = figures.tolist()
         if math.isfinite(norm) and math.isfinite(main):
@@ -152,7 +151,6 @@ class Trainer:
             self.health.update(progress.step + 1, loads_LE, self.model, dropped)
         else:
             self._skip(main, norm, rate)
-        self.loads_LE += loads_LE
         progress.step += 1
         progress.tokens += sequences * self.job.data.sequence_length
         row = {"step": progress.step, "loss": main, "learning_rate": rate, "gradient_norm": norm}
@@ -245,18 +243,14 @@ class Trainer:
                 f"learning rate {rate:.3g}; lower learning_rate.peak or gradient_clip, or lengthen the warm-up"
             )
 
-    def _validate(self) -> dict[str, Any]:
-        """Bits per byte by language, and how the experts were loaded since the last time."""
+    def _validate(self) -> dict[str, float]:
+        """Bits per byte by language, of the weights and of their average."""
         self.model.eval()  # nothing is dropped where the model is measured
-        row: dict[str, Any] = self._bits_per_byte("bits_per_byte")
+        row = self._bits_per_byte("bits_per_byte")
         if self.average:
             with self.average.lent(self.parameters):
                 row |= self._bits_per_byte("ema_bits_per_byte")
         self.model.train()
-        if self.loads_LE.any():
-            violation = float(max_violation(self.loads_LE).mean())
-            row |= {"global_max_violation": violation, "load": self.loads_LE.int().tolist()}
-            self.loads_LE.zero_()
         return row
 
     def _bits_per_byte(self, name: str) -> dict[str, float]:
@@ -276,7 +270,7 @@ class Trainer:
         """Keep a row and report its scalars."""
         self.progress.rows.append(row)
         done, total = self.job.steps_before + row["step"], self.job.steps_in_all or self.job.steps
-        scalars = {name: value for name, value in row.items() if name not in ("step", "load")}
+        scalars = {name: value for name, value in row.items() if name != "step"}
         report(done, total, "steps", **scalars)
 
     def _state(self) -> dict[str, Any]:
@@ -284,7 +278,6 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average else None,
-            "loads": self.loads_LE,
             "health": self.health.state_dict(),
             "progress": asdict(self.progress),
         }
@@ -294,6 +287,5 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
             self.average.load_state_dict(state["average"])
-        self.loads_LE.copy_(state["loads"])
         self.health.load_state_dict(state["health"])
         self.progress = Progress(**state["progress"])

@@ -238,17 +238,20 @@ def test_who_stops_listening_leaves_the_batch(model: Transformer) -> None:
     engine.close()
 
 
-def test_an_error_of_the_engine_reaches_every_caller(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["admit", "step"])
+def test_an_error_of_the_engine_reaches_every_caller(
+    where: str, model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Engine(model)
     monkeypatch.setattr("threading.excepthook", lambda _: None)
-    monkeypatch.setattr(engine._batch, "step", lambda: 1 / 0)
+    monkeypatch.setattr(engine._batch, where, lambda *_: 1 / 0)
 
     async def talk() -> None:
         calls = [engine.submit([request([0, 20], 9)]) for _ in range(2)]
         engine.start()
         for call in calls:
             with pytest.raises(EngineFailed, match="ZeroDivisionError"):
-                await collect(call)
+                await asyncio.wait_for(collect(call), 30)
         engine._thread.join()
         with pytest.raises(EngineFailed, match="has died"):
             engine.submit([request([0, 20], 9)])
