@@ -6,6 +6,9 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,3 +48,49 @@ def ray_session() -> None:
     from infra.settings import Settings
 
     session(Settings(workers=2, object_store_mb=128))
+
+
+@pytest.fixture(scope="session")
+def taught() -> Callable[..., Path]:
+    """taught(folder, pairs, steps, mtp=False, **model): the checkpoint of a micro model with MLA, experts and MTP that
+    has learnt (question, answer) pairs in the reply format."""
+    import torch
+
+    from model.config import ModelConfig
+    from model.transformer import Transformer
+    from stages.tokens.bpe import train
+    from stages.tokens.chat_template import render
+    from stages.training.checkpoint import save_model
+
+    def teach(folder: Path, pairs: Iterable[tuple[str, str]], steps: int, mtp: bool = False, **model: Any) -> Path:
+        tokenizer = train(["so Pull 0123456789." * 3], 280, digits="single", min_frequency=1)
+        tokenizer.save(folder)
+        torch.manual_seed(0)
+        shape = {
+            **{"vocab_size": tokenizer.vocab_size, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64},
+            **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "init_std": 0.05},
+            **{"n_dense_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1},
+            **{"moe_d_ff": 16, "max_position": 64, "n_mtp": 1},
+        }
+        learner = Transformer(ModelConfig(**{**shape, **model}))
+        optimizer = torch.optim.AdamW(learner.parameters(), lr=1e-2)
+        conversations = [
+            [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": f"<think>so</think><answer>{answer}</answer>"},
+            ]
+            for question, answer in pairs
+        ]
+        tokens_BT = torch.tensor([render(messages, tokenizer)[0] for messages in conversations])
+        for _ in range(steps):
+            output = learner(tokens_BT[:, :-1])
+            loss = -output.log_probs(tokens_BT[:, 1:]).mean()
+            if mtp:
+                loss = loss - output.log_probs(tokens_BT[:, 2:], depth=1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        save_model(folder, learner, None)
+        return folder
+
+    return teach

@@ -65,38 +65,12 @@ def fathom(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="session")
-def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory, taught: Callable[..., Path]) -> Path:
     """A checkpoint of a micro model with MLA, experts and MTP that answers any question in the reply format."""
-    import torch
-
-    from model.config import ModelConfig
-    from model.transformer import Transformer
-    from stages.tokens.bpe import train
-    from stages.tokens.chat_template import render
-    from stages.training.checkpoint import save_model
-
-    folder = tmp_path_factory.mktemp("chat")
-    tokenizer = train(["so Pull 0123456789." * 3], 280, digits="single", min_frequency=1)
-    tokenizer.save(folder)
-    torch.manual_seed(0)
-    config = ModelConfig(
-        **{"vocab_size": tokenizer.vocab_size, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64},
-        **{"kv_lora_rank": 16, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 24, "init_std": 0.05},
-        **{"n_dense_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 16},
-        **{"max_position": 96, "n_mtp": 1},
-    )
-    model = Transformer(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    asked = [({"role": "user", "content": f"Pull {n}."}, f"<think>so</think><answer>{n}</answer>") for n in range(10)]
-    tokens_BT = torch.tensor([render([q, {"role": "assistant", "content": a}], tokenizer)[0] for q, a in asked])
-    for _ in range(80):
-        output = model(tokens_BT[:, :-1])
-        loss = -output.log_probs(tokens_BT[:, 1:]).mean() - output.log_probs(tokens_BT[:, 2:], depth=1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    save_model(folder, model, None)
-    return folder
+    pairs = [(f"Pull {number}.", str(number)) for number in range(10)]
+    # vLLM's CPU attention knows heads of this width, not of every.
+    heads = {"qk_nope_head_dim": 24, "v_head_dim": 24}
+    return taught(tmp_path_factory.mktemp("chat"), pairs, steps=80, mtp=True, max_position=96, **heads)
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,10 @@
 
 import pytest
 import tokenizers
-import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from model.config import ModelConfig
-from model.transformer import Transformer
 from stages.problems.problem import Problem
-from stages.tokens.bpe import train
-from stages.tokens.chat_template import render
-from stages.training.checkpoint import save_model
 
 ARMS = "0123456789"
 CHATML = """{%- if messages[0].role != 'system' %}
@@ -35,40 +29,10 @@ def bandit_problems():
 
 
 @pytest.fixture(scope="session")
-def bandit_base(tmp_path_factory, bandit_problems):
+def bandit_base(tmp_path_factory, bandit_problems, taught):
     """A checkpoint with MoE, MLA and MTP that answers any question with any digit alike."""
-    folder = tmp_path_factory.mktemp("bandit")
-    tokenizer = train(["so Pull 0123456789." * 3], 280, digits="single", min_frequency=1)
-    tokenizer.save(folder)
-    torch.manual_seed(0)
-    config = ModelConfig(
-        **{"vocab_size": tokenizer.vocab_size, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64},
-        **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "init_std": 0.05},
-        **{"n_dense_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 16},
-        **{"max_position": 64, "n_mtp": 1},
-    )
-    model = Transformer(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    tokens_BT = torch.tensor(
-        [
-            render(
-                [
-                    {"role": "user", "content": problem.question},
-                    {"role": "assistant", "content": f"<think>so</think><answer>{arm}</answer>"},
-                ],
-                tokenizer,
-            )[0]
-            for problem in bandit_problems
-            for arm in ARMS
-        ]
-    )
-    for _ in range(60):
-        loss = -model(tokens_BT[:, :-1]).log_probs(tokens_BT[:, 1:]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    save_model(folder, model, None)
-    return folder
+    pairs = [(problem.question, arm) for problem in bandit_problems for arm in ARMS]
+    return taught(tmp_path_factory.mktemp("bandit"), pairs, steps=60)
 
 
 @pytest.fixture(scope="session")
