@@ -5,7 +5,8 @@ alone keeps padding unseen while the prompts run, and rows of any lengths can be
 have finished to be worth a copy, or when others want to join, the caches are copied without them.
 
 The last token of a row is always the one whose states are not in the caches yet. Letters: B rows in the batch, J rows
-that join, T tokens a row, S slots, D model width, V vocabulary, M drafted tokens (0 without speculation).
+that join, U different prompts among them, T tokens a row, S slots, D model width, V vocabulary, M drafted tokens (0
+without speculation).
 """
 
 from __future__ import annotations
@@ -100,21 +101,29 @@ class Batch:
         """Run the prompts and draw each one's first token; returns the new rows, in the order of the requests."""
         joining = [Row(request) for request in requests]
         self._reform(joining)
-        lengths, n_joining = [len(request.prompt) for request in requests], len(joining)
-        lengths_J = torch.tensor(lengths, device=self._device)
-        padded = [[*request.prompt, *[0] * (max(lengths) - n)] for request, n in zip(requests, lengths, strict=True)]
-        prompts_JT = torch.tensor(padded, device=self._device)
-        x_JTD, rope = self.model.embedding(prompts_JT), self._slots.first(max(lengths))
+        # The samples of one prompt, GRPO's groups and evaluation's, share its pass.
+        unique: dict[tuple[int, ...], int] = {}
+        source = [unique.setdefault(tuple(request.prompt), len(unique)) for request in requests]
+        source_J = torch.tensor(source, device=self._device)
+        lengths_U = torch.tensor([len(prompt) for prompt in unique], device=self._device)
+        longest = max(map(len, unique))
+        prompts_UT = torch.tensor([[*p, *[0] * (longest - len(p))] for p in unique], device=self._device)
+        x_UTD, rope = self.model.embedding(prompts_UT), self._slots.first(longest)
         for block, cache in zip(self._blocks, self._caches, strict=True):
-            x_JTD = block.prefill(x_JTD, prompts_JT, rope, cache)
-        last_JD = x_JTD[torch.arange(n_joining, device=self._device), lengths_J - 1]
+            x_UTD = block.prefill(x_UTD, prompts_UT, rope, cache)
+            cache.spread(source_J, len(unique), longest)
+        last_UD = x_UTD[torch.arange(len(unique), device=self._device), lengths_U - 1]
+        logits_JV = self.model.logits(self.model.norm(last_UD))[source_J]
+        lengths_J = lengths_U[source_J]
         sampler = _sampler(joining, self._device)
-        tokens_J, logprobs_J = sampler.choose(self.model.logits(self.model.norm(last_JD)), torch.zeros_like(lengths_J))
-        self._cached_B[-n_joining:], self._place_B[-n_joining:], self._last_B[-n_joining:] = lengths_J, 1, tokens_J
+        tokens_J, logprobs_J = sampler.choose(logits_JV, torch.zeros_like(lengths_J))
+        new = slice(-len(joining), None)
+        self._cached_B[new], self._place_B[new], self._last_B[new] = lengths_J, 1, tokens_J
         for row, token, logprob in zip(joining, tokens_J.tolist(), logprobs_J.tolist(), strict=True):
             row.take([token], [logprob])
         if self._drafter:
-            self._drafter.join(self.model.norm(x_JTD), prompts_JT, lengths_J, tokens_J, self._slots)
+            states_JTD = self.model.norm(x_UTD)[source_J]
+            self._drafter.join(states_JTD, prompts_UT[source_J], lengths_J, tokens_J, self._slots)
         return joining
 
     @torch.inference_mode()

@@ -72,6 +72,11 @@ class Cache:
         for part, values in zip(self._parts, self._encode(x_BTW), strict=True):
             part[-rows:, :length] = values
 
+    def spread(self, source_J: Tensor, rows: int, length: int) -> None:
+        """Copy the first slots of the last `rows` rows, just filled, to the last J: row j gets those of source_J[j]."""
+        for part in self._parts:
+            part[-len(source_J) :, :length] = part[-rows:, :length][source_J]
+
     def write(self, index_N: Tensor, x_NW: Tensor) -> None:
         for part, values in zip(self._parts, self._encode(x_NW), strict=True):
             part.flatten(0, 1).index_copy_(0, index_N, values)

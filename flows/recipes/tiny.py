@@ -20,7 +20,7 @@ MODEL = {
 }
 STUDENT = {"d_model": 96, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_ff": 256, "init_std": 0.05}
 STUDENT_BASE = {
-    **{"steps": 400, "batch_size": 16, "sequence_length": 128, "validation_every": 200},
+    **{"steps": 320, "batch_size": 16, "sequence_length": 128, "validation_every": 160},
     "learning_rate": {"schedule": "wsd", "peak": 2e-3, "warmup_steps": 20},
 }
 # Small batches of short rows: a tiny model gains from many steps more than from exact gradients.
@@ -29,7 +29,7 @@ TUNE = {
     "learning_rate": {"schedule": "cosine", "peak": 5e-4, "warmup_steps": 5},
 }
 GRPO = {
-    **{"groups_per_step": 64, "rollout_groups": 32, "group_size": 8, "learning_rate": 1e-4, "warmup_steps": 3},
+    **{"groups_per_step": 64, "rollout_groups": 32, "group_size": 8, "learning_rate": 1.3e-4, "warmup_steps": 3},
     "rewards": {"accuracy": 1.0, "format": 0.1, "language": 0.1},
     **REPLY,
 }
@@ -62,12 +62,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "generate_problems": {"families": FAMILIES, "levels": LEVELS, "n_train": 8_000, "n_heldout": 160},
     "pretrain": {
         "model": MODEL,
-        "steps": 560,
+        "steps": 440,
         "batch_size": 16,
         "sequence_length": 128,
         "learning_rate": {"schedule": "v3", "peak": 2e-3, "warmup_steps": 20},
         "bias_update_speed": 1e-2,
-        "validation_every": 140,
+        "validation_every": 110,
     },
     "scaling_laws": {
         "model": LADDER,
@@ -100,22 +100,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "needle": {"lengths": (128, 256, 512), "depths": 5, "cases": 3},
     },
     "evaluate_base": {"name": "base", "template": "r1_zero", **EVALUATE},
-    "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, **ZERO, "steps": 30},
+    "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, **ZERO, "steps": 24},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", **EVALUATE},
     "cold_start": {"problems": {"limit": 1_000}, "epochs": 1.0, **TUNE},
     "evaluate_cold_start": {"name": "cold_start", **EVALUATE},
-    "reasoning_rl": {"name": "reasoning_rl", **GRPO, "steps": 80},
+    "reasoning_rl": {"name": "reasoning_rl", **GRPO, "steps": 60},
     "evaluate_reasoning_rl": {"name": "reasoning_rl", **EVALUATE},
     "rejection_sample": {"problems": {"limit": 2_000}, "samples": 4, "keep_per_problem": 2, **REPLY},
     "sft": {"epochs": 1.0, **TUNE},
-    "final_rl": {"name": "final_rl", **GRPO, "steps": 25},
+    "final_rl": {"name": "final_rl", **GRPO, "steps": 20},
     "evaluate_r1": {"name": "r1", **EVALUATE},
     "teacher_samples": {"problems": {"limit": 3_000}, "samples": 4, "keep_per_problem": 2, **REPLY},
     "student_base_llama": {"model": {"family": "llama", **STUDENT}, **STUDENT_BASE},
     "student_base_qwen": {"model": {"family": "qwen2", **STUDENT}, **STUDENT_BASE},
     "distill_llama": {"epochs": 2.0, **TUNE},
     "distill_qwen": {"epochs": 2.0, **TUNE},
-    "rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **GRPO, **ZERO, "steps": 40},
+    "rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **GRPO, **ZERO, "steps": 32},
     "evaluate_distill_llama": {"name": "distilled_llama", **EVALUATE},
     "evaluate_distill_qwen": {"name": "distilled_qwen", **EVALUATE},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **EVALUATE},

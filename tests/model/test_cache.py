@@ -55,6 +55,18 @@ def test_rows_keep_their_slots_when_others_leave_and_join(make):
     assert torch.equal(cache.read(11)[1, 6], before_BTW[0, 1])
 
 
+@pytest.mark.parametrize("make", [lambda: Cache(LATENT + ROPE), lambda: Float8Cache(LATENT + ROPE, LATENT)])
+def test_rows_that_share_a_prompt_share_what_it_filled(make):
+    torch.manual_seed(0)
+    x_BTW = torch.randn(3, 5, LATENT + ROPE)
+    cache = filled(make(), x_BTW[:1])
+    cache.resize(torch.tensor([0]), 5, 8, 5, x_BTW.dtype)
+    cache.fill(x_BTW[1:])
+    cache.spread(torch.tensor([1, 0, 1, 1]), 2, 5)
+    alone_BTW = filled(make(), x_BTW).read(5)
+    assert torch.equal(cache.read(5), alone_BTW[[0, 2, 1, 2, 2]])
+
+
 def test_log_probabilities_from_a_float8_cache_stay_near_the_exact_ones():
     config = ModelConfig(
         **{"vocab_size": 96, "d_model": 64, "n_layers": 3, "n_heads": 4, "d_ff": 96, "init_std": 0.1},

@@ -66,7 +66,7 @@ def test_greedy_tokens_are_the_argmax_of_the_full_pass(model):
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.95)])
 def test_logprobs_are_those_of_the_full_pass_with_rows_leaving_the_batch(model, temperature, top_p):
-    batch = prompts(40)
+    batch = prompts(20) * 2  # a prompt's samples share its pass
     stop = tuple(range(8))
     seeded = torch.Generator().manual_seed(5)
     completions = Generator(model).generate(batch, 24, temperature, top_p, stop, seeded)
@@ -74,14 +74,14 @@ def test_logprobs_are_those_of_the_full_pass_with_rows_leaving_the_batch(model, 
     for prompt, completion in zip(batch, completions, strict=True):
         expected = whole(model, prompt, completion.tokens, temperature)
         expected = expected.gather(1, torch.tensor(completion.tokens)[:, None]).squeeze(1)
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-5, atol=1e-5)
         assert completion.finished == (completion.tokens[-1] in stop)
         assert not any(token in stop for token in completion.tokens[:-1])
         assert completion.finished or len(completion.tokens) == 24
 
 
 def test_a_sample_does_not_depend_on_the_batch_it_ran_in(model):
-    batch = prompts(20)
+    batch = [prompt for prompt in prompts(7) for _ in range(3)]
     runs = [
         Generator(model, max_batch=size).generate(
             batch, 12, stop_ids=(1, 2), generator=torch.Generator().manual_seed(5)
