@@ -23,6 +23,8 @@ from model.moe import Balance, MoE
 from model.rope import Rotation, rotation
 from model.router import Router
 
+PREFIX = -1  # as a document's number: what comes before all documents of a row, and is seen by each
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts by `layer`."""
@@ -199,7 +201,8 @@ class Transformer(nn.Module):
     ) -> Output:
         """Predict every next token.
 
-        `document_BT` numbers the documents packed into each sequence: attention then stays inside a document.
+        `document_BT` numbers the documents packed into each sequence: attention then stays inside a document. Tokens
+        numbered PREFIX are seen by all that come after them too.
         `positions_BT` defaults to 0 … T − 1 (RoPE is relative: packed documents need no restart).
         """
         assert tokens_BT.ndim == 2, tokens_BT.shape
@@ -226,6 +229,6 @@ class Transformer(nn.Module):
 
 
 def document_mask(document_BT: Tensor) -> Tensor:
-    """True where query i may see key j: j ≤ i and both in the same document; [B, T, T]."""
-    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    return same_BTT.tril()
+    """True where query i may see key j: j ≤ i, and both in the same document or j in the prefix; [B, T, T]."""
+    key_B1T = document_BT[:, None, :]
+    return ((document_BT[:, :, None] == key_B1T) | (key_B1T == PREFIX)).tril()

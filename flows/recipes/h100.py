@@ -11,9 +11,9 @@ ROLLOUT = {"max_new_tokens": 256}
 GPU = {"precision": "bf16"}
 
 MODEL = {
-    **{"family": "deepseek_v3", "d_model": 768, "n_layers": 12, "n_heads": 12, "d_ff": 3072},
+    **{"family": "deepseek_v3", "d_model": 640, "n_layers": 12, "n_heads": 10, "d_ff": 2560},
     **{"q_lora_rank": 384, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
-    **{"n_dense_layers": 1, "n_routed_experts": 32, "n_activated_experts": 4, "n_shared_experts": 1, "moe_d_ff": 512},
+    **{"n_dense_layers": 1, "n_routed_experts": 24, "n_activated_experts": 4, "n_shared_experts": 1, "moe_d_ff": 384},
     **{"n_groups": 8, "n_limited_groups": 4, "route_scale": 2.5, "n_mtp": 1},
 }
 STUDENT = {"d_model": 512, "n_layers": 12, "n_heads": 8, "n_kv_heads": 4, "d_ff": 1408}
@@ -59,13 +59,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "generate_problems": {"families": FAMILIES, "n_train": 60_000, "n_heldout": 1_000},
     "pretrain": {
         "model": MODEL,
-        "steps": 6000,
+        "steps": 1000,
         "batch_size": 128,
         "batch_ramp": {"start": 32, "until": 0.05},
         "sequence_length": 1024,
-        "learning_rate": {"schedule": "v3", "peak": 8e-4, "warmup_steps": 300},
+        "learning_rate": {"schedule": "v3", "peak": 8e-4, "warmup_steps": 100},
         "micro_batch_size": 32,
-        "validation_every": 500,
+        "validation_every": 100,
         "validation_windows": 64,
         **GPU,
     },

@@ -30,6 +30,7 @@ TUNE = {
 }
 GRPO = {
     **{"groups_per_step": 64, "rollout_groups": 32, "group_size": 8, "learning_rate": 1.3e-4, "warmup_steps": 3},
+    "micro_batch_tokens": 2048,  # what stays in a core's cache
     "rewards": {"accuracy": 1.0, "format": 0.1, "language": 0.1},
     **REPLY,
 }

@@ -8,7 +8,7 @@ What makes a killed run continue to the last bit: the questions and the seeds of
 chunk), so the model, the optimiser and the reference are the whole state. A chunk is `rollout_groups` questions;
 chunks, not ranks, own the seeds, so the replies do not depend on how many ranks share the work.
 
-Legend: P questions, G replies to each, B replies of a micro-batch, T positions, N reply tokens, D model width.
+Legend: P questions, G replies to each, B replies of a micro-batch, R tokens of the longest.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import kernels
 from infra.metrics import Report
 from model.optimizer import build_optimizer
-from model.transformer import Transformer
 from stages.problems.problem import Problem
 from stages.rl.advantages import group_normalised
 from stages.rl.engines import open_engine
 from stages.rl.engines.base import Sampling
+from stages.rl.micro_batch import micro_batches, token_logprobs
 from stages.rl.mismatch import mismatch
 from stages.rl.policy_loss import PolicyBatch, policy_loss
 from stages.rl.rollout import Rollout, explore, forward_flops, write_rollouts
@@ -190,25 +189,25 @@ class Learner:
     def update(self, number: int, batch: list[tuple[Rollout, float]], tally: Tally) -> None:
         """`updates_per_exploration` gradient steps on the same replies (1 in the papers: the ratio is exactly 1)."""
         config = self.config
-        micro_batches = pad_batches(batch, self.tokenizer.pad, config.micro_batch_tokens, self.ranks.device)
+        cut = micro_batches(batch, self.tokenizer.pad, config.micro_batch_tokens, self.ranks.device)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (number + 1) / max(config.warmup_steps, 1))
-        old_BT: list[torch.Tensor] = []
+        old_BR: list[torch.Tensor] = []
         for update in range(config.updates_per_exploration):
             self.bucket.zero()
-            for index, micro in enumerate(micro_batches):
-                logprobs_BT = token_logprobs(self.model, micro, config.temperature)
+            for index, micro in enumerate(cut):
+                logprobs_BR = token_logprobs(self.model, micro, config.temperature)
                 if update == 0:
-                    old_BT.append(logprobs_BT.detach())
-                    seen = mismatch(logprobs_BT.detach()[micro.mask_BT], micro.engine_logprobs_BT[micro.mask_BT])
+                    old_BR.append(logprobs_BR.detach())
+                    seen = mismatch(logprobs_BR.detach()[micro.mask_BR], micro.engine_logprobs_BR[micro.mask_BR])
                     tally.add(learned_tokens=seen.tokens, mismatch_kl=seen.kl_sum)
                     tally.peak(mismatch_max_ratio=seen.max_ratio)
-                reference_BT = None
+                reference_BR = None
                 if self.reference:
                     with torch.no_grad():
-                        reference_BT = token_logprobs(self.reference, micro, config.temperature)
+                        reference_BR = token_logprobs(self.reference, micro, config.temperature)
                 loss, metrics = policy_loss(
-                    PolicyBatch(logprobs_BT, old_BT[index], reference_BT, micro.advantages_B, micro.mask_BT),
+                    PolicyBatch(logprobs_BR, old_BR[index], reference_BR, micro.advantages_B, micro.mask_BR),
                     config.clip,
                     config.kl_coefficient,
                     config.groups_per_step * config.group_size,
@@ -231,43 +230,3 @@ class Learner:
         updates = self.config.updates_per_exploration
         passes = 3.0 * updates + (updates if self.reference else 0)
         return forward_flops(self.model.config, explored) + passes * forward_flops(self.model.config, learned)
-
-
-@dataclasses.dataclass(frozen=True)
-class MicroBatch:
-    """Right-padded prompts with their replies; position t of the [B, T] tensors below speaks of token t + 1."""
-
-    tokens_BS: torch.Tensor  # int64, S = T + 1
-    mask_BT: torch.Tensor  # bool, true where the predicted token is a reply's
-    engine_logprobs_BT: torch.Tensor
-    advantages_B: torch.Tensor
-
-
-def pad_batches(
-    batch: list[tuple[Rollout, float]], pad: int, max_tokens: int, device: torch.device
-) -> list[MicroBatch]:
-    """Cut replies, longest first, into micro-batches of at most `max_tokens` padded tokens (one reply at least)."""
-    ordered = sorted(batch, key=lambda item: -(len(item[0].prompt) + len(item[0].tokens)))
-    micro_batches = []
-    while ordered:
-        width = len(ordered[0][0].prompt) + len(ordered[0][0].tokens)
-        rows, ordered = ordered[: max(1, max_tokens // width)], ordered[max(1, max_tokens // width) :]
-        tokens_BS = torch.full((len(rows), width), pad, dtype=torch.int64)
-        mask_BT = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-        engine_BT = torch.zeros(len(rows), width - 1)
-        for row, (rollout, _) in enumerate(rows):
-            start, end = len(rollout.prompt), len(rollout.prompt) + len(rollout.tokens)
-            tokens_BS[row, :end] = torch.tensor(rollout.prompt + rollout.tokens)
-            mask_BT[row, start - 1 : end - 1] = True
-            engine_BT[row, start - 1 : end - 1] = torch.tensor(rollout.logprobs)
-        advantages_B = torch.tensor([advantage for _, advantage in rows], dtype=torch.float32)
-        micro_batches.append(MicroBatch(*(t.to(device) for t in (tokens_BS, mask_BT, engine_BT, advantages_B))))
-    return micro_batches
-
-
-def token_logprobs(model: Transformer, micro: MicroBatch, temperature: float) -> torch.Tensor:
-    """[B, T] fp32: log-probability of each reply token under `temperature`, 0 elsewhere. The head sees replies only."""
-    hidden_ND = model(micro.tokens_BS[:, :-1]).hidden_BTD[micro.mask_BT]
-    targets_N = micro.tokens_BS[:, 1:][micro.mask_BT]
-    chosen_N = kernels.linear_log_probs(hidden_ND, model.head_weight, targets_N, temperature)
-    return torch.zeros(micro.mask_BT.shape, device=chosen_N.device).masked_scatter(micro.mask_BT, chosen_N)
