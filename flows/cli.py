@@ -135,7 +135,7 @@ def stage(
 
       fathom stage generate_problems --set n_train=500
 
-      fathom stage evaluate --config eval.yaml --input checkpoint=base@latest --input problems=generate_problems@latest
+      fathom stage evaluate --set name=r1 --input checkpoint=final_rl@latest --input problems=generate_problems@latest
     """
     import stages
     from flows.pipelines import Node, Pipeline

@@ -35,15 +35,15 @@ class Recipe:
     def resolve(self, pipeline: Pipeline, settings: Iterable[str] = (), load: Load = stages.load) -> dict[str, Config]:
         """The checked config of every node, with `node.field=value` settings applied in order."""
         types = {node.name: load(node.stage).config_type for node in pipeline.nodes}
-        values = {name: self.configs.get(name, {}) for name in types}
-        configs = {name: types[name].parse(values[name], f"recipe {self.name}, {name}") for name in types}
+        changes: dict[str, list[tuple[list[str], Any]]] = {name: [] for name in types}
         for setting in settings:
             path, value = parse_setting(setting)
             for name in _targets(pipeline, path[0]):
-                where = f"--set {name}"
-                values[name] = _changed(configs[name], values[name], path[1:], value, where)
-                configs[name] = types[name].parse(values[name], where)
-        return configs
+                changes[name].append((path[1:], value))
+        return {
+            name: _resolved(kind, self.configs.get(name, {}), changes[name], f"recipe {self.name}, {name}", name)
+            for name, kind in types.items()
+        }
 
 
 def load_recipe(name: str) -> Recipe:
@@ -77,15 +77,40 @@ def _targets(pipeline: Pipeline, name: str) -> list[str]:
     return of_stage
 
 
+def _resolved(
+    kind: type[Config], values: Values, changes: list[tuple[list[str], Any]], where: str, name: str
+) -> Config:
+    """The checked config of `values` with the changes applied in order."""
+    changed = f"--set {name}"
+    try:
+        config = kind.parse(values, where)
+    except ConfigError:
+        if not changes:
+            raise
+        # What it lacks may be what they give: a whole field first, and then what is inside of one.
+        changed = where
+        changes = sorted(changes, key=lambda change: len(change[0]) > 1)
+    for path, value in changes:
+        if len(path) == 1:
+            _check_field(kind, path[0], f"--set {name}")
+            values = {**values, path[0]: value}
+        else:
+            values = _changed(kind.parse(values, changed), values, path, value, f"--set {name}")
+    return kind.parse(values, changed) if changes else config
+
+
+def _check_field(kind: type[BaseModel], name: str, where: str) -> None:
+    if name not in kind.model_fields:
+        raise ConfigError(f"{where}: no field {name!r}; {nearest(name, kind.model_fields)}")
+
+
 def _changed(model: BaseModel, values: Values, path: list[str], value: Any, where: str) -> dict[str, Any]:
     """Values with one field, however deep, replaced.
 
     Only what was given is carried over, so that what a config derives from other fields is derived anew.
     """
     name, rest = path[0], path[1:]
-    fields = type(model).model_fields
-    if name not in fields:
-        raise ConfigError(f"{where}: no field {name!r}; {nearest(name, fields)}")
+    _check_field(type(model), name, where)
     if not rest:
         return {**values, name: value}
     inner = getattr(model, name)

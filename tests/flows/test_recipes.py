@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from toy import RECIPE, TOY, load
 
-from flows.pipelines import LINE, PIPELINES
-from flows.recipes import RECIPES, load_recipe, parse_setting
+from flows.pipelines import LINE, PIPELINES, Node, Pipeline
+from flows.recipes import RECIPES, Recipe, load_recipe, parse_setting
 from infra.config import Config
 from infra.errors import ConfigError
 from stages.training.schedules import batch_sizes
@@ -95,6 +95,15 @@ def test_a_setting_changes_one_field_of_one_node() -> None:
     assert configs["small"].shape.model_dump() == {"width": 7, "height": 2}  # type: ignore[attr-defined]
     assert configs["large"].seed == 2  # type: ignore[attr-defined]
     assert configs["small"].seed == 0  # type: ignore[attr-defined]
+
+
+def test_settings_may_give_what_a_stage_needs() -> None:
+    alone = Pipeline("evaluate", "", (Node("evaluate", "evaluate"),))
+    nothing = Recipe("defaults", "", {})
+    config: Any = nothing.resolve(alone, ["evaluate.problems.limit=5", "evaluate.name=base"])["evaluate"]
+    assert (config.name, config.problems.limit) == ("base", 5)
+    with pytest.raises(ConfigError, match=r"recipe defaults, evaluate\.name: Field required"):
+        nothing.resolve(alone, ["evaluate.samples=4"])
 
 
 def test_a_stage_name_reaches_all_its_nodes_where_no_node_has_that_name() -> None:
