@@ -42,7 +42,7 @@ class EvaluateConfig(Config):
 
 
 @stage(
-    version=1,
+    version=2,
     takes={"checkpoint": "checkpoint", "problems": "problems", "tokens": optional("tokens")},
     makes="report",
 )

@@ -77,7 +77,7 @@ class ExtendContextConfig(Optimization):
         ]
 
 
-@stage(version=2, takes={"checkpoint": "checkpoint", "tokens": "tokens"}, makes="checkpoint")
+@stage(version=3, takes={"checkpoint": "checkpoint", "tokens": "tokens"}, makes="checkpoint")
 def extend_context(config: ExtendContextConfig, inputs: Inputs, ctx: Context) -> dict:
     """Lengthen a base model's context in phases, each starting from the weights of the one before."""
     base, tokens = inputs["checkpoint"].path, str(inputs["tokens"].path)

@@ -42,7 +42,7 @@ class PretrainConfig(Optimization):
         return sum(batch_sizes(self.steps, self.batch_size, self.batch_ramp)) * self.sequence_length
 
 
-@stage(version=2, takes={"tokens": "tokens"}, makes="checkpoint")
+@stage(version=3, takes={"tokens": "tokens"}, makes="checkpoint")
 def pretrain(config: PretrainConfig, inputs: Inputs, ctx: Context) -> dict:
     """Train a language model from random weights on packed tokens."""
     tokens = str(inputs["tokens"].path)

@@ -12,11 +12,17 @@ import numpy as np
 
 from infra.metrics import Report
 from stages.evaluation.ngram import fit
-from stages.tokens.bpe import load_tokenizer
 from stages.tokens.shards import TokenShards
 from stages.training.checkpoint import load_model
 from stages.training.distributed import process_group
-from stages.training.validation import Validation, ValidationSet, bits_per_byte, text_group, validation_sets
+from stages.training.validation import (
+    PADDING,
+    Validation,
+    ValidationSet,
+    bits_per_byte,
+    text_group,
+    validation_sets,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,6 @@ class TextJob:
 def measure_text(job: TextJob, report: Report) -> list[dict[str, Any]]:
     """One row a language: bits per byte of the model and of a trigram fitted on that language's training text."""
     with process_group() as ranks:
-        tokenizer = load_tokenizer(job.tokens)
         sets = validation_sets(Validation(job.tokens, job.sequence_length, job.windows, every=1))
         model = load_model(job.checkpoint, str(ranks.device))
         model_bits = bits_per_byte(model, sets, ranks, job.micro_batch)
@@ -42,7 +47,7 @@ def measure_text(job: TextJob, report: Report) -> list[dict[str, Any]]:
         for number in range(ranks.rank, len(sets), ranks.world):
             chosen = sets[number]
             training = training_text(Path(job.tokens), chosen.language, job.trigram_bytes, spelling)
-            documents = validation_text(chosen, tokenizer.bos, spelling)
+            documents = validation_text(chosen, spelling)
             trigram = fit(training).bits(documents) / sum(map(len, documents)) if training else None
             rows.append(
                 {
@@ -98,10 +103,12 @@ def training_text(directory: Path, language: str, limit: int, spelling: list[byt
     return documents
 
 
-def validation_text(chosen: ValidationSet, bos: int, spelling: list[bytes]) -> list[bytes]:
+def validation_text(chosen: ValidationSet, spelling: list[bytes]) -> list[bytes]:
     """The documents of a validation set as bytes: its windows end to end (each repeats the last token of the one
-    before), cut at every BOS."""
-    stream = chosen.tokens_NT[:, 1:][chosen.mask_NT].numpy()
-    stream = np.concatenate([chosen.tokens_NT[0, :1].numpy(), stream])
-    starts = np.flatnonzero(stream == bos)
-    return [spell(part, spelling) for part in np.split(stream, starts) if len(part)]
+    before), cut where another document begins."""
+    stream, numbers = (
+        np.concatenate([part_NT[0, :1].numpy(), part_NT[:, 1:].flatten().numpy()])
+        for part_NT in (chosen.tokens_NT, chosen.document_NT)
+    )
+    text, numbers = stream[numbers != PADDING], numbers[numbers != PADDING]
+    return [spell(part, spelling) for part in np.split(text, np.flatnonzero(np.diff(numbers)) + 1)]

@@ -1,8 +1,9 @@
 """Bits per byte on fixed validation documents, by language: the measure that no tokenizer flatters.
 
-A language's validation documents are drawn once, in a fixed order, and laid end to end as in training; the loss over
-all their tokens in nats, over ln 2 and over their UTF-8 bytes (from the shards' index), is exact and comparable
-between steps, vocabularies and models.
+A language's validation documents are drawn once, in a fixed order, and laid end to end, but none sees another: each
+is scored as if it stood alone, whatever a model saw across the borders of its training documents. The loss over all
+their tokens in nats, over ln 2 and over their UTF-8 bytes (from the shards' index), is exact and comparable between
+steps, vocabularies and models.
 
 Legend: N windows, T = sequence_length.
 """
@@ -21,6 +22,8 @@ from stages.tokens.shards import DocumentRef, TokenShards
 from stages.training.distributed import Ranks
 from stages.training.losses import cross_entropy_sum
 
+PADDING = 1 << 62
+
 
 @dataclass(frozen=True)
 class ValidationSet:
@@ -28,8 +31,14 @@ class ValidationSet:
 
     language: str
     tokens_NT: Tensor
-    mask_NT: Tensor  # bool [N, T]; False only on the padding of the last window
+    document_NT: Tensor  # int64 [N, T + 1], documents numbered through all windows; PADDING behind the last
     n_bytes: int
+
+    @property
+    def mask_NT(self) -> Tensor:  # noqa: N802
+        """bool [N, T]: the targets that count, which are neither padding nor another document's first token."""
+        target_NT = self.document_NT[:, 1:]
+        return (target_NT == self.document_NT[:, :-1]) & (target_NT != PADDING)
 
 
 @dataclass(frozen=True)
@@ -73,14 +82,17 @@ def _choose(documents: list[DocumentRef], budget: int) -> list[DocumentRef]:
 
 def _lay_out(shards: TokenShards, language: str, documents: list[DocumentRef], sequence_length: int) -> ValidationSet:
     stream = np.concatenate([shards.read(document.start, document.length) for document in documents]).astype(np.int64)
-    n_targets = len(stream) - 1
-    n_windows = -(-n_targets // sequence_length)
-    padded = np.zeros(n_windows * sequence_length + 1, np.int64)
-    padded[: len(stream)] = stream
-    starts = np.arange(n_windows)[:, None] * sequence_length
-    tokens_NT = torch.from_numpy(padded[starts + np.arange(sequence_length + 1)])
-    mask_NT = torch.arange(n_windows * sequence_length).view(n_windows, sequence_length) < n_targets
-    return ValidationSet(language, tokens_NT, mask_NT, sum(document.bytes for document in documents))
+    numbers = np.repeat(np.arange(len(documents)), [document.length for document in documents])
+    n_windows = -(-(len(stream) - 1) // sequence_length)
+    place_NT = np.arange(n_windows)[:, None] * sequence_length + np.arange(sequence_length + 1)
+
+    def windows(values: np.ndarray, behind: int) -> Tensor:
+        padded = np.full(n_windows * sequence_length + 1, behind, np.int64)
+        padded[: len(values)] = values
+        return torch.from_numpy(padded[place_NT])
+
+    n_bytes = sum(document.bytes for document in documents)
+    return ValidationSet(language, windows(stream, 0), windows(numbers, PADDING), n_bytes)
 
 
 @torch.no_grad()
@@ -93,8 +105,10 @@ def bits_per_byte(
         mine = range(ranks.rank, len(chosen.tokens_NT), ranks.world)  # empty where there are fewer windows than ranks
         for start in range(0, len(mine), rows_at_once):
             rows = list(mine[start : start + rows_at_once])
-            tokens_BT, mask_BT = chosen.tokens_NT[rows].to(ranks.device), chosen.mask_NT[rows].to(ranks.device)
-            hidden_BTD = model(tokens_BT[:, :-1]).hidden_BTD
+            tokens_BT, document_BT, mask_BT = (
+                part[rows].to(ranks.device) for part in (chosen.tokens_NT, chosen.document_NT, chosen.mask_NT)
+            )
+            hidden_BTD = model(tokens_BT[:, :-1], document_BT=document_BT[:, :-1]).hidden_BTD
             nats[number] += cross_entropy_sum(hidden_BTD, model.head_weight, tokens_BT[:, 1:], mask_BT)
     total = ranks.all_reduce(nats).tolist()
     return {chosen.language: n / math.log(2) / chosen.n_bytes for chosen, n in zip(sets, total, strict=True)}

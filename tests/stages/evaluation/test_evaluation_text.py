@@ -49,7 +49,7 @@ def test_tokens_spell_the_bytes_of_their_text_even_where_a_token_is_part_of_a_ch
 def test_validation_documents_come_back_whole(tokens):
     spelling = token_bytes(tokens)
     for chosen in validation_sets(Validation(str(tokens), sequence_length=16, windows=1000, every=0)):
-        documents = validation_text(chosen, bos=0, spelling=spelling)
+        documents = validation_text(chosen, spelling)
         held = [text.encode() for n, text in enumerate(TEXTS[chosen.language]) if n % 8 == 0]
         assert sorted(documents) == sorted(held)
         assert sum(map(len, documents)) == chosen.n_bytes

@@ -18,7 +18,7 @@ from stages.training.data import TokenWindows
 from stages.training.distributed import GradientBucket, clip_factor, process_group
 from stages.training.schedules import BatchRamp
 from stages.training.trainer import Trainer, TrainingDiverged, train
-from stages.training.validation import Validation, bits_per_byte
+from stages.training.validation import PADDING, Validation, bits_per_byte
 
 
 def ignore(done: int, total: int, unit: str, **metrics: float) -> None:
@@ -81,6 +81,25 @@ def test_a_uniform_model_costs_log_vocabulary_bits_per_token_in_bits_per_byte(ma
         for chosen in trainer.sets:
             expected = math.log2(micro_llama.vocab_size) * int(chosen.mask_NT.sum()) / chosen.n_bytes
             assert found[chosen.language] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_validation_document_costs_what_it_costs_alone(make_job, micro_v3, tokens_dir):
+    job = make_job(
+        micro_v3.replace(max_position=4096), validation=Validation(str(tokens_dir), 4096, windows=1, every=5)
+    )
+    with process_group() as ranks:
+        trainer = Trainer(job, ranks)
+        found = bits_per_byte(trainer.model, trainer.sets, ranks, 1)
+        for chosen in trainer.sets:
+            tokens_T, document_T = chosen.tokens_NT[0], chosen.document_NT[0]
+            numbers = [number for number in document_T.unique().tolist() if number != PADDING]
+            assert len(chosen.tokens_NT) == 1 < len(numbers)
+            nats = 0.0
+            for number in numbers:
+                alone_T = tokens_T[document_T == number]
+                with torch.no_grad():
+                    nats -= trainer.model(alone_T[None, :-1]).log_probs(alone_T[None, 1:]).sum().item()
+            assert found[chosen.language] == pytest.approx(nats / math.log(2) / chosen.n_bytes, rel=1e-5)
 
 
 def test_routing_biases_move_towards_balance_and_freeze_at_the_end(make_job, micro_v3):
