@@ -191,7 +191,7 @@ def test_a_plan_is_machine_readable_and_says_why(tmp_path: Path) -> None:
             4 * (67_584 + 320) + 147_456 + 3 * (9 * 49_152 + 1024) + 128 + 524_288,
             4 * (67_584 + 320) + 147_456 + 3 * (3 * 49_152 + 1024) + 128 + 524_288,
             2 * 2048 * 128,
-            700 * 8 * 128,
+            640 * 8 * 128,
             2 * 4 * 80,
         ),
         # DeepSeek-V3: 671B and 37B, 14.8T tokens; 61 layers of 576 cached numbers.
