@@ -27,6 +27,7 @@ from flows.pipelines import LINE
 from flows.recipes import load_recipe
 from infra import stage as running
 from infra.artifact import Artifact
+from infra.config import Config
 from infra.metrics import METRICS, Progress
 from infra.settings import Settings
 from infra.store import ArtifactStore
@@ -36,7 +37,7 @@ SAID_EVERY = 5.0  # seconds
 POINTS = 200  # of the loss curve that is kept
 
 
-def make(recipe: str, node: str, store: ArtifactStore, settings: Settings) -> Artifact:
+def make(node: str, config: Config, store: ArtifactStore, settings: Settings) -> Artifact:
     """The node's artifact, made or reused, and tagged as a pipeline tags it."""
     said = 0.0
 
@@ -47,7 +48,6 @@ def make(recipe: str, node: str, store: ArtifactStore, settings: Settings) -> Ar
             print(f"{node}: {progress}", flush=True)
 
     roles = {role: f"{source}@latest" for role, source in LINE.node(node).roles.items()}
-    config = load_recipe(recipe).resolve(LINE)[node]
     stage = stages.load(LINE.node(node).stage)
     result = running.run(stage, config, roles, store, settings, on_progress=say)
     store.tag(f"{node}@latest", result.artifact.id)
@@ -83,15 +83,17 @@ def curve(artifact: Artifact) -> list[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="h100")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NODE.FIELD=VALUE", help="as `fathom run` has it")
     parser.add_argument("--until", choices=NODES, default=NODES[-1])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--commit", help="of a tree that is no checkout")
     arguments = parser.parse_args()
     settings = Settings.load()
     store = ArtifactStore(settings.store, settings.workspace)
+    configs = load_recipe(arguments.recipe).resolve(LINE, arguments.set)
     made = {}
     for node in NODES[: NODES.index(arguments.until) + 1]:
-        made[node] = make(arguments.recipe, node, store, settings)
+        made[node] = make(node, configs[node], store, settings)
 
     name = f"{arguments.recipe}_base"
     arguments.out.mkdir(parents=True, exist_ok=True)
