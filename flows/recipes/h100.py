@@ -11,7 +11,7 @@ ROLLOUT = {"max_new_tokens": 256}
 GPU = {"precision": "bf16"}
 
 MODEL = {
-    **{"family": "deepseek_v3", "d_model": 640, "n_layers": 12, "n_heads": 10, "d_ff": 2560},
+    **{"family": "deepseek_v3", "d_model": 640, "n_layers": 12, "n_heads": 10, "d_ff": 2560, "init_std": 0.02},
     **{"q_lora_rank": 384, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
     **{"n_dense_layers": 1, "n_routed_experts": 24, "n_activated_experts": 4, "n_shared_experts": 1, "moe_d_ff": 384},
     **{"n_groups": 8, "n_limited_groups": 4, "route_scale": 2.5, "n_mtp": 1},
@@ -64,6 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "batch_ramp": {"start": 32, "until": 0.05},
         "sequence_length": 1024,
         "mask_documents": True,
+        "bias_update_speed": 1e-2,  # V3's 1e-3 is for runs of a hundred thousand steps: routing collapsed within 200
         "learning_rate": {"schedule": "v3", "peak": 8e-4, "warmup_steps": 100},
         "micro_batch_size": 32,
         "validation_every": 100,
