@@ -21,7 +21,7 @@ def write(path: Path, command: str, rows: Iterable[dict[str, Any]], commit: str 
         "device": provenance.device_name(),
         "versions": provenance.package_versions(),
         "commit": commit or found,
-        "dirty": dirty,
+        **({} if commit else {"dirty": dirty}),
         "date": datetime.date.today().isoformat(),
         "command": command,
         **more,

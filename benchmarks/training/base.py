@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from statistics import mean
@@ -104,9 +103,12 @@ def main() -> None:
         for report in ("routing_health", "report"):
             if (path := artifact.path / f"{report}.json").exists():
                 kept[f"{report}_{node}"] = json.loads(path.read_text())
+    for row in kept.get("routing_health_pretrain", {"rows": []})["rows"]:
+        del row["load"]  # every expert's: in the plot
+    changes = ["--set", *arguments.set] if arguments.set else []
     record.write(
         arguments.out / f"{name}.json",
-        " ".join(["python", "benchmarks/training/base.py", *sys.argv[1:]]),
+        " ".join(["python benchmarks/training/base.py --recipe", arguments.recipe, *changes]),
         [row for node, artifact in made.items() for row in rows_of(node, artifact)],
         arguments.commit,
         **kept,

@@ -60,7 +60,7 @@ def plot_routing_health(path: Path, health: Mapping[str, Any]) -> None:
             axes.plot(steps, [row[measure][layer] for row in rows], label=name, linewidth=1)
         axes.set(title=title, xlabel="step")
     if len(names) <= MAPS:
-        axes.legend(fontsize=7)
+        lower.legend(*axes.get_legend_handles_labels(), fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=110)
 
 
