@@ -74,6 +74,8 @@ class Cache:
 
     def spread(self, source_J: Tensor, rows: int, length: int) -> None:
         """Copy the first slots of the last `rows` rows, just filled, to the last J: row j gets those of source_J[j]."""
+        if rows == len(source_J):  # each has its own
+            return
         for part in self._parts:
             part[-len(source_J) :, :length] = part[-rows:, :length][source_J]
 

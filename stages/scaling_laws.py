@@ -89,7 +89,7 @@ class ScalingLawsConfig(Optimization):
         return self
 
 
-@stage(version=1, takes={"tokens": "tokens"}, makes="report")
+@stage(version=2, takes={"tokens": "tokens"}, makes="report")
 def scaling_laws(config: ScalingLawsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Train a ladder of small models, fit the scaling laws, and predict a held-out larger run."""
     runs = _Runs(config, str(inputs["tokens"].path), ctx)

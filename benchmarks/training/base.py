@@ -27,7 +27,7 @@ from flows.recipes import load_recipe
 from infra import stage as running
 from infra.artifact import Artifact
 from infra.config import Config
-from infra.metrics import METRICS, Progress
+from infra.metrics import METRICS, Progress, read_metrics
 from infra.settings import Settings
 from infra.store import ArtifactStore
 
@@ -68,7 +68,7 @@ def rows_of(node: str, artifact: Artifact) -> list[dict[str, Any]]:
 
 def curve(artifact: Artifact) -> list[dict[str, float]]:
     """The metrics of a run in at most POINTS rows: means over a row's steps, and the step that ends it."""
-    metrics = [json.loads(line) for line in (artifact.path / METRICS).read_text().splitlines()]
+    metrics = read_metrics(artifact.path / METRICS)
     size = -(-len(metrics) // POINTS)
     points = []
     for begin in range(0, len(metrics), size):

@@ -20,7 +20,7 @@ MODEL = {
 }
 STUDENT = {"d_model": 96, "n_layers": 4, "n_heads": 4, "n_kv_heads": 2, "d_ff": 256, "init_std": 0.05}
 # Attention stays inside a document: the problems of a few dozen tokens that share a window with others teach a model of
-# this size little (a pass@1 of 0.18 where it can be 0.90), and the published way is to let it cross.
+# this size little (benchmarks/LOG.md, 2026-11-26). The published way is to let it cross.
 WINDOWS = {"batch_size": 8, "sequence_length": 128, "mask_documents": True}
 STUDENT_BASE = {
     **{"steps": 480, **WINDOWS, "validation_every": 160},
