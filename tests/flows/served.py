@@ -8,15 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 FINAL = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-RUN_SECONDS = 300
+RUN_SECONDS, RETRIES = 300, 30
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,7 @@ class Served:
         request = urllib.request.Request(
             f"{self.address}/api/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return json.loads(response.read() or b"null")
+        return json.loads(_answer(request) or b"null")
 
     def deployments(self) -> dict[str, str]:
         """Entrypoint → id."""
@@ -55,12 +56,24 @@ class Served:
         """The state in which a flow run ends."""
         deadline = time.monotonic() + RUN_SECONDS
         while time.monotonic() < deadline:
-            with urllib.request.urlopen(f"{self.address}/api/flow_runs/{run}", timeout=60) as response:
-                state = json.loads(response.read())["state"]
+            state = json.loads(_answer(f"{self.address}/api/flow_runs/{run}"))["state"]
             if state["type"] in FINAL:
                 return state
             time.sleep(1)
         raise AssertionError(f"still {state['name']}")
+
+
+def _answer(request: urllib.request.Request | str) -> bytes:
+    """What the server says; asked again while its database is busy, as Prefect's own client does."""
+    for _ in range(RETRIES):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.read()
+        except urllib.error.HTTPError as refused:
+            if refused.code != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+            time.sleep(1)
+    raise AssertionError(f"the server stayed busy through {RETRIES} tries")
 
 
 @contextmanager
