@@ -7,7 +7,7 @@ Triton (`fused`) on CUDA, torch (`eager`) elsewhere.
 from kernels.autograd import apply_rope, keys_and_values, rms_norm, swiglu
 from kernels.dispatch import implementation
 from kernels.eager import join_master, split_master
-from kernels.grouped import Permutation, compact, grouped_gemm, permutation, permute, permute_gates, unpermute
+from kernels.grouped import Permutation, compact, grouped_gemm, layout, permutation, permute, permute_gates, unpermute
 from kernels.inference import routed_experts
 from kernels.log_probs import linear_cross_entropy, linear_log_probs
 from kernels.reference import route
@@ -19,6 +19,7 @@ __all__ = [
     "grouped_gemm",
     "implementation",
     "join_master",
+    "layout",
     "keys_and_values",
     "linear_cross_entropy",
     "linear_log_probs",

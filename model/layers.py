@@ -7,11 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels import fp8
 from model.checkpointing import plain
+from model.float8 import Float8
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ (+ b); W [out, in]."""
+    """y = x Wᵀ (+ b); W [out, in]. Trains in float8 where `use_float8` says so."""
+
+    float8: Float8 | None = None
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
         super().__init__()
@@ -19,7 +23,10 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        if self.float8 is None or not self.training:
+            return F.linear(x, self.weight, self.bias)
+        y = fp8.linear(x, self.weight, *self.float8.of(self.weight))
+        return y if self.bias is None else y + self.bias
 
 
 class RMSNorm(nn.Module):
@@ -39,6 +46,7 @@ class RMSNorm(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) · up(x)), with gate and up as one product: `gate_up` rows are [gate, up]."""
 
+    float8: Float8 | None = None
     recompute = staticmethod(plain)
 
     def __init__(self, d_model: int, width: int) -> None:
@@ -47,4 +55,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(width, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.recompute("swiglu", kernels.swiglu, self.gate_up(x)))
+        if self.float8 is None or not self.training:
+            return self.down(self.recompute("swiglu", kernels.swiglu, self.gate_up(x)))
+        weights = self.gate_up.weight, self.down.weight
+        return fp8.swiglu_linear(x, *weights, self.float8.of(*weights))

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels import fp8
 from model.checkpointing import plain
 from model.config import ModelConfig
 from model.dropping import kept_rows
+from model.float8 import Float8
 from model.layers import SwiGLU
 from model.router import Routing, build_router
 
@@ -36,6 +38,7 @@ class Experts(nn.Module):
     Gates scale the hidden rows: `down` is linear, so that is the same sum, over F numbers a row in place of D.
     """
 
+    float8: Float8 | None = None
     recompute = staticmethod(plain)
 
     def __init__(self, config: ModelConfig) -> None:
@@ -44,7 +47,16 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * width, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, width))
 
+    def order(self, indices_NK: Tensor, dtype: torch.dtype) -> kernels.Permutation:
+        """How rows are laid out for the products that `forward` makes."""
+        if self.float8 is None or not self.training:
+            return kernels.permutation(indices_NK, len(self.down), dtype)
+        return kernels.layout(indices_NK, len(self.down), fp8.BLOCK)
+
     def forward(self, x_ND: Tensor, gates_NK: Tensor, order: kernels.Permutation) -> Tensor:
+        if self.float8 is not None and self.training:
+            weights = self.gate_up, self.down
+            return fp8.experts(x_ND, gates_NK, *weights, self.float8.of(*weights), order)
         x_PD = kernels.permute(x_ND, order)
         gates_P = kernels.permute_gates(gates_NK, order)
         gate_up_P2F = kernels.grouped_gemm(x_PD, self.gate_up, order)
@@ -71,7 +83,7 @@ class MoE(nn.Module):
         if self.training and self.config.capacity_factor is not None:
             kept_NK = kept_rows(self.config, routing, tokens_BT)
             gates_NK, dropped = gates_NK * kept_NK, (~kept_NK).sum()
-        order = kernels.permutation(routing.indices_NK, self.config.n_routed_experts, x_ND.dtype)
+        order = self.experts.order(routing.indices_NK, x_ND.dtype)
         y_ND = self.experts(x_ND, gates_NK, order)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
@@ -83,6 +95,6 @@ class MoE(nn.Module):
         if torch.is_inference_mode_enabled() and kernels.compact(x_ND.device, x_ND.dtype):
             y_ND = kernels.routed_experts(x_ND, gates_NK, indices_NK, self.experts.gate_up, self.experts.down)
         else:
-            order = kernels.permutation(indices_NK, self.config.n_routed_experts, x_ND.dtype)
+            order = self.experts.order(indices_NK, x_ND.dtype)
             y_ND = self.experts(x_ND, gates_NK, order)
         return y_ND if self.shared is None else y_ND.add_(self.shared(x_ND))

@@ -105,6 +105,7 @@ class AdamW(torch.optim.Optimizer):
             eps=group["eps"],
             step=int(state["step"]),
         )
+        torch.autograd.graph.increment_version(weight)  # a kernel's writes are seen by no one else
 
 
 def build_optimizer(

@@ -52,8 +52,11 @@ class Optimization(Config):
         gt=0,
         le=1,
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", title="Precision", description="Of activations and products; bf16 weights keep fp32 masters."
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        "fp32",
+        title="Precision",
+        description="Of activations and products. fp8: V3's, bf16 but for the products of linear layers and experts. "
+        "bf16 weights keep fp32 masters.",
     )
     moments: Literal["fp32", "bf16"] = Field("fp32", title="Moments", description="Of AdamW; V3 keeps them in bf16.")
     recompute: tuple[Recomputed, ...] = Field(

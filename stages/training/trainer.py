@@ -25,6 +25,7 @@ from torch import Tensor
 from infra.errors import ConfigError, FathomError
 from infra.metrics import Report
 from model.checkpointing import Recompute
+from model.float8 import use_float8
 from model.optimizer import build_optimizer
 from model.router import update_routing_bias
 from model.transformer import Transformer
@@ -72,6 +73,8 @@ class Trainer:
         self.model = Transformer(job.model).to(ranks.device)
         if job.initial is not None:
             load_weights(self.model, job.initial)
+        if options.precision == "fp8":
+            use_float8(self.model)
         self.recompute = Recompute(options.recompute)
         self.recompute.attach(self.model)
         self.parameters = dict(self.model.named_parameters())
@@ -82,7 +85,7 @@ class Trainer:
             options.weight_decay,
             (options.beta1, options.beta2),
             moment_dtype=torch.bfloat16 if options.moments == "bf16" else torch.float32,
-            split=self.model.low_precision_weights() if options.precision == "bf16" else (),
+            split=() if options.precision == "fp32" else self.model.low_precision_weights(),
         )
         rows = job.unit // ranks.world
         micro_rows = max(size for size in range(1, options.micro_batch_size + 1) if rows % size == 0)

@@ -234,6 +234,59 @@ def test_bf16_keeps_fp32_weights_and_stays_near_fp32(make_job, micro_v3):
     torch.testing.assert_close(losses_of(bf16), losses_of(fp32), rtol=0.01, atol=0)
 
 
+@pytest.fixture
+def wide_v3(micro_v3):
+    """`micro_v3` with the widths that float8 asks for."""
+    return micro_v3.replace(qk_rope_head_dim=16)
+
+
+def test_fp8_stays_near_bf16_and_goes_on_to_the_bit(make_job, wide_v3):
+    bf16 = train(make_job(wide_v3, "bf16", options={"precision": "bf16"}), ignore)
+    options = {"precision": "fp8", "micro_batch_size": 2}
+    fp8 = train(make_job(wide_v3, "fp8", options=options), ignore)
+    assert losses_of(fp8) != losses_of(bf16)
+    torch.testing.assert_close(losses_of(fp8), losses_of(bf16), rtol=0.02, atol=0)
+
+    job = make_job(wide_v3, "stopped", options=options)
+    with process_group() as ranks, suppress(KeyboardInterrupt):
+
+        def stop(done: int, total: int, unit: str, **metrics: float) -> None:
+            if done == job.steps // 2:
+                raise KeyboardInterrupt
+
+        Trainer(replace(job, save_every=1), ranks).run(stop)
+    assert losses_of(train(job, ignore)) == losses_of(fp8)
+
+
+def test_fp8_quantises_a_weight_once_a_step_and_never_the_head(make_job, wide_v3, monkeypatch):
+    from kernels.fp8 import reference
+
+    seen = []
+    quantize = reference.quantize_weight
+    monkeypatch.setattr(reference, "quantize_weight", lambda w, power_of_two=False: seen.append(w.data_ptr()) or quantize(w))
+    options = {"precision": "fp8", "micro_batch_size": 2}
+    with process_group() as ranks:
+        trainer = Trainer(make_job(wide_v3, options=options), ranks)
+        trainer.step()
+        first = list(seen)
+        assert len(first) == len(set(first)) > 10
+        exact = {trainer.model.head_weight.data_ptr(), trainer.model.embedding.weight.data_ptr()}
+        exact |= {module.weight.data_ptr() for module in trainer.model.modules() if isinstance(module, Router)}
+        assert not exact & set(first)
+        trainer.step()
+        assert seen == first * 2
+        trainer.model.eval()
+        trainer.model(torch.zeros(1, 8, dtype=torch.int64))
+        assert seen == first * 2, "a model that is not training computes with its weights as they are"
+
+
+def test_fp8_names_the_width_that_it_cannot_multiply(make_job, micro_v3):
+    job = make_job(micro_v3, options={"precision": "fp8"})
+    refusal = r"attention.qkv.weight is \[40, 32\].*multiples of 16.*bf16"
+    with process_group() as ranks, pytest.raises(ConfigError, match=refusal):
+        Trainer(job, ranks)
+
+
 @pytest.mark.parametrize("sums", [True, False])
 def test_the_bucket_knows_the_joint_norm_of_gradients_of_both_precisions(sums):
     exact, low = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))

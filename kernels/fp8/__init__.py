@@ -1,0 +1,8 @@
+"""Training in float8 as DeepSeek-V3 does it (section 3.3): e4m3 everywhere, a scale for each 1 × 128 of activations and
+gradients and each 128 × 128 of weights, sums in fp32. `reference` defines what is computed."""
+
+from kernels.fp8.autograd import experts, linear, swiglu_linear
+from kernels.fp8.dispatch import quantizer
+from kernels.fp8.formats import ALIGNMENT, BLOCK, Blocks, Rows, Weight
+
+__all__ = ["ALIGNMENT", "BLOCK", "Blocks", "Rows", "Weight", "experts", "linear", "quantizer", "swiglu_linear"]

@@ -1,0 +1,49 @@
+"""Which layers train in float8, and their quantised weights.
+
+As in DeepSeek-V3 (section 3.3.1) all linear layers and experts do; embedding, head, router, norms and attention keep
+their precision, and so do weights, gradients and the optimiser's state. A model that is not training computes with the
+weights as they are.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from infra.errors import ConfigError
+from kernels import fp8
+
+
+class Float8:
+    """The quantised weights of one module, made again after a weight has changed: once a step, however many
+    micro-batches it has."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[tuple[int, int], fp8.Weight]] = {}  # by the weight
+
+    def of(self, *weights: Tensor) -> tuple[fp8.Weight, ...]:
+        return tuple(map(self._of, weights))
+
+    def _of(self, weight: Tensor) -> fp8.Weight:
+        state = weight.data_ptr(), weight._version
+        found = self._made.get(id(weight))
+        if found is None or found[0] != state:
+            found = self._made[id(weight)] = state, fp8.quantizer(weight.device).quantize_weight(weight.detach())
+        return found[1]
+
+
+def use_float8(model: nn.Module) -> None:
+    """Have every linear layer and expert of `model` train in float8, but for the head.
+
+    Raises ConfigError if a width is no multiple of 16.
+    """
+    head = getattr(model, "head", None)
+    for name, module in model.named_modules():
+        if not hasattr(module, "float8") or module is head:
+            continue
+        for part, weight in module.named_parameters(recurse=False):
+            if weight.ndim > 1 and any(size % fp8.ALIGNMENT for size in weight.shape[-2:]):
+                raise ConfigError(
+                    f"{name}.{part} is {list(weight.shape)}: precision fp8 wants both its widths to be multiples of "
+                    f"{fp8.ALIGNMENT}; change the model's widths, or train in bf16"
+                )
+        module.float8 = Float8()
