@@ -32,7 +32,7 @@ from model.presets import preset
 BATCH, LENGTH = 4, 4096
 WARM_UP, STEPS = 5, 12
 MEASURED_BF16 = 785e12  # FLOP/s of an 8192³ product on one H100, random data
-CASES = ("ours", "torchtitan", "transformers_compiled", "transformers", "ours_again")
+CASES = ("ours", "ours_fp8", "torchtitan", "transformers_compiled", "transformers", "ours_again")
 
 
 def shapes() -> ModelConfig:
@@ -57,14 +57,14 @@ class RandomTokens:
         return Batch(torch.randint(self.vocab_size, (BATCH, self.sequence_length + 1), generator=generator))
 
 
-def our_step(folder: str) -> Any:
+def our_step(folder: str, precision: str) -> Any:
     from stages.training.distributed import Ranks
     from stages.training.job import Optimization, TrainJob
     from stages.training.trainer import Trainer
 
     options = Optimization(
         learning_rate={"schedule": "constant", "peak": 1e-4},
-        precision="bf16",
+        precision=precision,
         moments="bf16",
         micro_batch_size=BATCH,
         bias_update_speed=0.0,
@@ -100,7 +100,8 @@ def peer_step(name: str, titan: str) -> Any:
 
 def measure(case: str, titan: str, profile: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        step = our_step(folder) if case.startswith("ours") else peer_step(case, titan)
+        precision = "fp8" if case == "ours_fp8" else "bf16"
+        step = our_step(folder, precision) if case.startswith("ours") else peer_step(case, titan)
         seconds = []
         for number in range(WARM_UP + STEPS):
             torch.cuda.synchronize()
@@ -128,6 +129,7 @@ def measure(case: str, titan: str, profile: Path | None) -> dict[str, Any]:
 # What a kernel's name says it is for; the first match counts.
 PARTS = {
     "attention": r"sdpa|flash|compute_dot_do_o|convert_dq",
+    "quantisation": r"_quantize|_swiglu_quantize",
     "grouped products (experts)": r"GemmUniversal|grouped_gemm",
     "dense products": r"nvjet|gemm|cutlass",
     "optimizer": r"_adamw",
@@ -190,15 +192,18 @@ def main() -> None:
     parser.add_argument("--commit", help="of the tree, where it is no checkout")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    profile = arguments.out / "train_profile.json" if arguments.profile else None
     if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.titan, profile if arguments.one == "ours" else None)))
+        profiled = {"ours": "train_profile.json", "ours_fp8": "train_profile_fp8.json"}.get(arguments.one)
+        profile = arguments.out / profiled if arguments.profile and profiled else None
+        print(json.dumps(measure(arguments.one, arguments.titan, profile)))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     for case in arguments.cases:
         command = [sys.executable, __file__, "--one", case, "--titan", arguments.titan, "--out", str(arguments.out)]
-        done = subprocess.run([*command, *(["--profile"] if profile else [])], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            [*command, *(["--profile"] if arguments.profile else [])], stdout=subprocess.PIPE, text=True
+        )
         if done.returncode:
             print(f"{case} failed", file=sys.stderr)
             continue

@@ -39,8 +39,7 @@ def _parts(column, TAIL: gl.constexpr):
     if TAIL == 64:
         odd = column % 2
         return 64 * odd, 128 * (1 - odd)
-    else:
-        return 0 * column, 0 * column + 128
+    return 0 * column, 0 * column + 128
 
 
 @gluon.jit

@@ -17,5 +17,4 @@ def reinterpret(buffer, SHAPE: gl.constexpr):
     flat: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     if _RENAMED:
         return buffer.reinterpret(gl.float32, SHAPE, flat)
-    else:
-        return buffer._reinterpret(gl.float32, SHAPE, flat)
+    return buffer._reinterpret(gl.float32, SHAPE, flat)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
@@ -11,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.fp8 import gemm_gluon, wgrad_gluon
 from kernels.fp8.formats import BLOCK, Blocks, Rows
 
-# Widths of a tile, copies in flight (what fits into shared memory), and how fast a tile is multiplied beside the widest.
+# Width of a tile, copies in flight (what fits into shared memory), and how fast it is multiplied beside the widest.
 TILES = ((256, 3, 1.0), (192, 4, 0.93), (128, 5, 0.89))
 WGRAD_STAGES = 6
 RASTER = 16  # rows of tiles that are gone down before the next column
@@ -60,6 +62,7 @@ def _gemm(x: Rows, weight: Blocks, y: Tensor, expert_T: Tensor | None, tiles: Te
     return y
 
 
+@cache
 def _tile(m: int, n: int, processors: int) -> tuple[int, int]:
     """Width and stages of the tile that finishes first: whole waves of tiles over the processors."""
 
@@ -106,10 +109,14 @@ def _wgrad(y: Rows, x: Rows, w: Tensor, ends_E: Tensor | None) -> Tensor:
 
 def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """x for the copy engine, in boxes of [rows, columns]."""
-    bits = 8 * x.element_size()
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0 if bits == 32 else 128, element_bitwidth=bits, rank=2)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], _layout(8 * x.element_size()))
 
 
+@cache
+def _layout(bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=0 if bits == 32 else 128, element_bitwidth=bits, rank=2)
+
+
+@cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fp8.formats import BLOCK, Blocks, Rows
+from kernels.fp8.formats import Blocks, Rows
 
 ROWS, COLUMNS, WARPS, STAGES = 64, 128, 4, 3
 RASTER = 8
@@ -88,9 +88,7 @@ def grouped_gemm(x: Rows, weight: Blocks, expert_T: Tensor, tiles: Tensor, dtype
     return _launch_gemm(x, weight, expert_T, tiles, dtype)
 
 
-def _launch_gemm(
-    x: Rows, weight: Blocks, expert_T: Tensor | None, tiles: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def _launch_gemm(x: Rows, weight: Blocks, expert_T: Tensor | None, tiles: Tensor | None, dtype: torch.dtype) -> Tensor:
     (m, k), n = x.codes.shape, weight.codes.shape[-2]
     y = torch.empty(m, n, dtype=dtype, device=x.codes.device)
     if m:

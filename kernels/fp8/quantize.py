@@ -1,7 +1,7 @@
 """Quantisation in one pass over memory, alone or behind what makes the numbers: a gather, SwiGLU, SwiGLU's gradient.
 
-A program holds 128 × 128 numbers, so it has whole blocks of rows and of columns at once and writes the codes of both
-(`_store`); a training step needs both of every operand but a weight. Letters as in `kernels.fp8.reference`.
+A training step needs the codes of every operand but a weight twice, along rows and across them, so both are made
+at once. Letters as in `kernels.fp8.reference`, and R rows and C columns of what a program holds.
 """
 
 from __future__ import annotations
@@ -11,127 +11,97 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fp8.cast import e4m3, scale_of
+from kernels.fp8.cast import e4m3, inverse_of, scale_of
 from kernels.fp8.formats import ALIGNMENT, BLOCK, FLOAT8, Blocks, Rows, Weight
 from kernels.fused.swiglu import swiglu_backward
 
-WARPS = 4  # with 8, bandwidth falls by a quarter: fewer bytes in flight a thread
+# Rows of a tile and warps. Codes along rows alone need no more than whole rows of 128.
+ALONG, ACROSS = {"R": 32, "num_warps": 4}, {"R": 128, "num_warps": 8}
+
+COPY, SWIGLU, SWIGLU_BACKWARD = (tl.constexpr(kind) for kind in range(3))
 
 
 @triton.jit
-def _store(
-    x_BB, codes_ptr, scales_ptr, across_ptr, across_scales_ptr, row, column, m, k, stride,
-    ROWS: tl.constexpr, ACROSS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-):  # fmt: skip
-    """Codes and scales of the block at (128·row, 128·column) of [m, k], along its rows and along its columns. `stride`
-    is m, padded: what is contiguous in m begins that far apart."""
-    rows, columns = row * 128 + tl.arange(0, 128), column * 128 + tl.arange(0, 128)
-    size_BB = tl.abs(x_BB)
-    if ROWS:
-        scale_B = scale_of(tl.max(size_BB, axis=1), POWER_OF_TWO)
-        inside = (rows < m)[:, None] & (columns < k)[None, :]
-        codes_BB = e4m3(x_BB / scale_B[:, None])
-        tl.store(codes_ptr + rows.to(tl.int64)[:, None] * k + columns[None, :], codes_BB, mask=inside)
-        tl.store(scales_ptr + column.to(tl.int64) * stride + rows, scale_B, mask=rows < m)
-    if ACROSS:
-        scale_B = scale_of(tl.max(size_BB, axis=0), POWER_OF_TWO)
-        # The padding of a row of codes is written too, with the zeros that stand beyond the last row.
-        inside = (columns < k)[:, None] & (rows < stride)[None, :]
-        codes_BB = tl.trans(e4m3(x_BB / scale_B[None, :]))
-        offsets = columns.to(tl.int64)[:, None] * stride + rows[None, :]
-        tl.store(across_ptr + offsets, codes_BB, mask=inside)
-        tl.store(across_scales_ptr + row.to(tl.int64) * k + columns, scale_B, mask=columns < k)
+def _numbers(x_ptr, gate_up_ptr, source_R, gate_R, columns, k, stride, of_up, KIND: tl.constexpr):
+    """What is quantised, fp32 [R, C], and in SWIGLU_BACKWARD each row's part of the gradient of its gate.
+
+    COPY: rows `source_R` of x. SWIGLU: silu(gate) · up · the row's gate. SWIGLU_BACKWARD: the gradient of the gates, or
+    `of_up` of the ups, where x is that of the product.
+    """
+    inside = (source_R >= 0)[:, None] & (columns < k)[None, :]
+    if KIND == COPY:
+        x_RC = tl.load(x_ptr + source_R[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        return x_RC, gate_R
+    else:
+        offsets = source_R[:, None] * (2 * k) + columns[None, :]
+        opened_RC = tl.load(gate_up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        sigmoid_RC = tl.sigmoid(opened_RC)
+        if KIND == SWIGLU:
+            up_RC = tl.load(gate_up_ptr + offsets + k, mask=inside, other=0.0).to(tl.float32)
+            return up_RC * opened_RC * sigmoid_RC * gate_R[:, None], gate_R
+        else:
+            grad_RC = tl.load(x_ptr + source_R[:, None] * k + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            part_R = gate_R
+            if of_up == 0:
+                grad_RC *= tl.load(gate_up_ptr + offsets + k, mask=inside, other=0.0).to(tl.float32)
+                part_R = tl.sum(grad_RC * opened_RC * sigmoid_RC, axis=1)
+                grad_RC *= sigmoid_RC * (1.0 + opened_RC * (1.0 - sigmoid_RC)) * gate_R[:, None]
+            else:
+                grad_RC *= opened_RC * sigmoid_RC * gate_R[:, None]
+            return grad_RC, part_R
 
 
 @triton.jit
 def _quantize(
-    x_ptr, source_ptr, codes_ptr, scales_ptr, across_ptr, across_scales_ptr, m, k, x_stride, stride,
-    GATHER: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    x_ptr, gate_up_ptr, gates_ptr, source_ptr, codes_ptr, scales_ptr, across_ptr, across_scales_ptr, grad_gates_ptr,
+    m, k, x_stride, stride,
+    INDEX: tl.constexpr, KIND: tl.constexpr, GATHER: tl.constexpr, GATED: tl.constexpr, ALONG: tl.constexpr,
+    ACROSS: tl.constexpr, POWER_OF_TWO: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    row, column = tl.program_id(0), tl.program_id(1)
-    rows, columns = row * 128 + tl.arange(0, 128), column * 128 + tl.arange(0, 128)
-    inside = (rows < m)[:, None] & (columns < k)[None, :]
-    source = rows.to(tl.int64)
+    """Codes and scales of R rows and 128 columns of [m, k], along the rows, across them, or both; in SWIGLU_BACKWARD of
+    [m, 2k], gates and ups by neighbouring programs. `stride` is m, padded: what is contiguous in m begins that far
+    apart."""
+    column, row, width, of_up = tl.program_id(0), tl.program_id(1), k, 0
+    if KIND == SWIGLU_BACKWARD:
+        of_up, column, width = column % 2, column // 2, 2 * k
+    rows, columns = row * R + tl.arange(0, R), column * 128 + tl.arange(0, 128)
+    source_R = tl.where(rows < m, rows, -1).to(INDEX)
     if GATHER:
-        source = tl.load(source_ptr + rows, mask=rows < m, other=-1).to(tl.int64)
-        inside = inside & (source >= 0)[:, None]
-    x_BB = tl.load(x_ptr + source[:, None] * x_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    _store(
-        x_BB, codes_ptr, scales_ptr, across_ptr, across_scales_ptr, row, column, m, k, stride,
-        ROWS, ACROSS, POWER_OF_TWO,
-    )  # fmt: skip
-
-
-@triton.jit
-def _swiglu(
-    gate_up_ptr, gate_ptr, codes_ptr, scales_ptr, across_ptr, across_scales_ptr, m, f, stride,
-    GATED: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-):  # fmt: skip
-    row, column = tl.program_id(0), tl.program_id(1)
-    rows, columns = row * 128 + tl.arange(0, 128), column * 128 + tl.arange(0, 128)
-    inside = (rows < m)[:, None] & (columns < f)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * (2 * f) + columns[None, :]
-    gate_BB = tl.load(gate_up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    up_BB = tl.load(gate_up_ptr + offsets + f, mask=inside, other=0.0).to(tl.float32)
-    y_BB = gate_BB * tl.sigmoid(gate_BB) * up_BB
+        source_R = tl.load(source_ptr + rows, mask=rows < m, other=-1).to(INDEX)
+    gate_R = tl.full((R,), 1.0, tl.float32)
     if GATED:
-        y_BB *= tl.load(gate_ptr + rows, mask=rows < m, other=0.0).to(tl.float32)[:, None]
-    _store(
-        y_BB, codes_ptr, scales_ptr, across_ptr, across_scales_ptr, row, column, m, f, stride,
-        ROWS, ACROSS, POWER_OF_TWO,
-    )  # fmt: skip
+        gate_R = tl.load(gates_ptr + rows, mask=rows < m, other=0.0).to(tl.float32)
+    x_RC, grad_gate_R = _numbers(x_ptr, gate_up_ptr, source_R, gate_R, columns, k, x_stride, of_up, KIND)
+    if KIND == SWIGLU_BACKWARD:
+        if GATED and of_up == 0:
+            # One number a row and block: summed over blocks behind the kernel, in their order.
+            tl.store(grad_gates_ptr + column.to(tl.int64) * m + rows, grad_gate_R, mask=rows < m)
+    out, block, there = columns + of_up * k, column + of_up * (k // 128), columns < k
+    if ALONG:
+        scale_R = scale_of(tl.max(tl.abs(x_RC), axis=1), POWER_OF_TWO)
+        codes_RC = e4m3(x_RC * inverse_of(scale_R)[:, None])
+        inside = (rows < m)[:, None] & there[None, :]
+        tl.store(codes_ptr + rows.to(INDEX)[:, None] * width + out[None, :], codes_RC, mask=inside)
+        tl.store(scales_ptr + block.to(tl.int64) * stride + rows, scale_R, mask=rows < m)
+    if ACROSS:
+        scale_C = scale_of(tl.max(tl.abs(x_RC), axis=0), POWER_OF_TWO)
+        codes_CR = e4m3(tl.trans(x_RC * inverse_of(scale_C)[None, :]))
+        # The padding of a row of codes is written too, with the zeros that stand beyond the last row.
+        inside = there[:, None] & (rows < stride)[None, :]
+        tl.store(across_ptr + out.to(INDEX)[:, None] * stride + rows[None, :], codes_CR, mask=inside)
+        tl.store(across_scales_ptr + row.to(tl.int64) * width + out, scale_C, mask=there)
 
 
 @triton.jit
-def _swiglu_backward(
-    grad_ptr, gate_up_ptr, gate_ptr, codes_ptr, scales_ptr, across_ptr, across_scales_ptr, grad_gate_ptr,
-    m, f, stride, GATED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-):  # fmt: skip
-    row, column = tl.program_id(0), tl.program_id(1)
-    rows, columns = row * 128 + tl.arange(0, 128), column * 128 + tl.arange(0, 128)
-    inside = (rows < m)[:, None] & (columns < f)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * f + columns[None, :]
-    grad_BB = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    offsets += (rows.to(tl.int64) * f)[:, None]
-    gate_BB = tl.load(gate_up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    up_BB = tl.load(gate_up_ptr + offsets + f, mask=inside, other=0.0).to(tl.float32)
-    sigmoid_BB = tl.sigmoid(gate_BB)
-    silu_BB = gate_BB * sigmoid_BB
-    if GATED:
-        # One number a row and block: summed over blocks behind the kernel, in their order.
-        grad_gate_B = tl.sum(silu_BB * up_BB * grad_BB, axis=1)
-        tl.store(grad_gate_ptr + column.to(tl.int64) * m + rows, grad_gate_B, mask=rows < m)
-        grad_BB *= tl.load(gate_ptr + rows, mask=rows < m, other=0.0).to(tl.float32)[:, None]
-    # [gate, up] is one matrix of width 2f; f is whole blocks, so the second half's begin at f / 128.
-    _store(
-        grad_BB * up_BB * sigmoid_BB * (1.0 + gate_BB * (1.0 - sigmoid_BB)),
-        codes_ptr, scales_ptr, across_ptr, across_scales_ptr, row, column, m, 2 * f, stride,
-        True, True, POWER_OF_TWO,
-    )  # fmt: skip
-    _store(
-        grad_BB * silu_BB,
-        codes_ptr, scales_ptr, across_ptr, across_scales_ptr, row, column + f // 128, m, 2 * f, stride,
-        True, True, POWER_OF_TWO,
-    )  # fmt: skip
-
-
-@triton.jit
-def _quantize_weight(
-    w_ptr, codes_ptr, scales_ptr, transposed_ptr, transposed_scales_ptr, n, k, POWER_OF_TWO: tl.constexpr
-):
-    row, column, expert = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+def _quantize_weight(w_ptr, codes_ptr, scales_ptr, n, k, POWER_OF_TWO: tl.constexpr):
+    row, column, expert = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
     rows, columns = row * 128 + tl.arange(0, 128), column * 128 + tl.arange(0, 128)
     inside = (rows < n)[:, None] & (columns < k)[None, :]
-    offsets = expert * n * k + rows.to(tl.int64)[:, None] * k + columns[None, :]
+    offsets = expert * n * k + rows[:, None] * k + columns[None, :]
     w_BB = tl.load(w_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.max(tl.abs(w_BB), axis=1), axis=0), POWER_OF_TWO)
-    codes_BB = e4m3(w_BB / scale)
-    tl.store(codes_ptr + offsets, codes_BB, mask=inside)
-    offsets = expert * n * k + columns.to(tl.int64)[:, None] * n + rows[None, :]
-    tl.store(transposed_ptr + offsets, tl.trans(codes_BB), mask=(columns < k)[:, None] & (rows < n)[None, :])
-    down, along = tl.cdiv(n, 128), tl.cdiv(k, 128)
-    tl.store(scales_ptr + (expert * down + row) * along + column, scale)
-    tl.store(transposed_scales_ptr + (expert * along + column) * down + row, scale)
+    tl.store(codes_ptr + offsets, e4m3(w_BB * inverse_of(scale)), mask=inside)
+    tl.store(scales_ptr + (expert * tl.cdiv(n, 128) + row) * tl.cdiv(k, 128) + column, scale)
 
 
 def quantize(
@@ -144,12 +114,7 @@ def quantize(
     """`reference.quantize`, in one pass over x."""
     x_NK = x_NK if x_NK.stride(1) == 1 else x_NK.contiguous()
     m, k = len(x_NK) if source_P is None else len(source_P), x_NK.shape[1]
-    out = _Output(m, k, x_NK.device, rows, across)
-    _quantize[out.grid](
-        x_NK, source_P, *out.pointers, m, k, x_NK.stride(0), out.stride,
-        GATHER=source_P is not None, ROWS=rows, ACROSS=across, POWER_OF_TWO=power_of_two, num_warps=WARPS,
-    )  # fmt: skip
-    return out.rows, out.across
+    return _launch(COPY, m, k, rows, across, power_of_two, x=x_NK, source=source_P)[:2]
 
 
 def swiglu_quantize(
@@ -157,12 +122,7 @@ def swiglu_quantize(
 ) -> tuple[Rows | None, Rows | None]:
     """`reference.swiglu_quantize`; the numbers themselves are never written."""
     m, f = gate_up_P2F.shape[0], gate_up_P2F.shape[1] // 2
-    out = _Output(m, f, gate_up_P2F.device, rows, across)
-    _swiglu[out.grid](
-        gate_up_P2F, gates_P, *out.pointers, m, f, out.stride,
-        GATED=gates_P is not None, ROWS=rows, ACROSS=across, POWER_OF_TWO=power_of_two, num_warps=WARPS,
-    )  # fmt: skip
-    return out.rows, out.across
+    return _launch(SWIGLU, m, f, rows, across, power_of_two, gate_up=gate_up_P2F, gates=gates_P)[:2]
 
 
 def swiglu_backward_quantize(
@@ -172,17 +132,54 @@ def swiglu_backward_quantize(
     m, f = grad_PF.shape
     if f % BLOCK:  # a block would hold numbers of both
         grad_P2F, grad_gates_P = swiglu_backward(grad_PF, gate_up_P2F, gates_P)
-        rows, across = quantize(grad_P2F, power_of_two=power_of_two)
-        assert rows is not None and across is not None
-        return rows, across, grad_gates_P
-    out = _Output(m, 2 * f, grad_PF.device, True, True)
-    grad_gates_kP = None if gates_P is None else torch.empty(f // BLOCK, m, device=grad_PF.device)
-    _swiglu_backward[(triton.cdiv(m, BLOCK), f // BLOCK)](
-        grad_PF, gate_up_P2F, gates_P, *out.pointers, grad_gates_kP, m, f, out.stride,
-        GATED=gates_P is not None, POWER_OF_TWO=power_of_two, num_warps=WARPS,
+        return *quantize(grad_P2F, power_of_two=power_of_two), grad_gates_P  # type: ignore[return-value]
+    rows, across, grad_gates_kP = _launch(
+        SWIGLU_BACKWARD, m, f, True, True, power_of_two, x=grad_PF.contiguous(), gate_up=gate_up_P2F, gates=gates_P
+    )
+    assert rows is not None and across is not None
+    return rows, across, None if grad_gates_kP is None else grad_gates_kP.sum(0)
+
+
+def _launch(
+    kind: tl.constexpr,
+    m: int,
+    k: int,
+    rows: bool,
+    across: bool,
+    power_of_two: bool,
+    x: Tensor | None = None,
+    gate_up: Tensor | None = None,
+    gates: Tensor | None = None,
+    source: Tensor | None = None,
+) -> tuple[Rows | None, Rows | None, Tensor | None]:
+    """Codes along rows and across them of m rows, and each block's part of the gradient of the gates [k / 128, m]."""
+    read = gate_up if x is None else x
+    assert read is not None
+    tile = ACROSS if across else ALONG
+    halves = 2 if kind.value == SWIGLU_BACKWARD.value else 1
+    down, blocks, stride = triton.cdiv(m, BLOCK), triton.cdiv(k, BLOCK), triton.cdiv(m, ALIGNMENT) * ALIGNMENT
+    options = {"device": read.device}
+    most = max(read.numel(), k * halves * stride, 0 if gate_up is None else gate_up.numel())
+    along_rows = across_rows = wide = grad_gates = None
+    if rows:
+        scales = torch.empty(blocks * halves, stride, **options)[:, :m]
+        along_rows = Rows(torch.empty(m, k * halves, dtype=FLOAT8, **options), scales)
+    if across:
+        wide = torch.empty(k * halves, stride, dtype=FLOAT8, **options)
+        across_rows = Rows(wide[:, :m], torch.empty(down, k * halves, **options))
+    if halves == 2 and gates is not None:
+        grad_gates = torch.empty(blocks, m, **options)
+    kernel = _quantize
+    if across and _hopper(read):
+        from kernels.fp8.quantize_gluon import quantize as kernel
+
+    kernel[(blocks * halves, triton.cdiv(m, tile["R"]))](
+        x, gate_up, gates, source, *(along_rows or (None, None)), wide, across_rows and across_rows.scales, grad_gates,
+        m, k, 0 if x is None else x.stride(0), stride,
+        INDEX=tl.int64 if most >= 2**31 else tl.int32, KIND=kind, GATHER=source is not None, GATED=gates is not None, ALONG=rows, ACROSS=across,
+        POWER_OF_TWO=power_of_two, **tile,
     )  # fmt: skip
-    assert out.rows is not None and out.across is not None
-    return out.rows, out.across, None if grad_gates_kP is None else grad_gates_kP.sum(0)
+    return along_rows, across_rows, grad_gates
 
 
 def quantize_weight(weight: Tensor, power_of_two: bool = False) -> Weight:
@@ -190,32 +187,19 @@ def quantize_weight(weight: Tensor, power_of_two: bool = False) -> Weight:
     *experts, n, k = weight.shape
     weight = weight.contiguous()
     down, along = triton.cdiv(n, BLOCK), triton.cdiv(k, BLOCK)
-    device = weight.device
-    codes, transposed = (torch.empty(*experts, *shape, dtype=FLOAT8, device=device) for shape in ((n, k), (k, n)))
-    scales, transposed_scales = (torch.empty(*experts, *s, device=device) for s in ((down, along), (along, down)))
-    _quantize_weight[(down, along, experts[0] if experts else 1)](
-        weight, codes, scales, transposed, transposed_scales, n, k, POWER_OF_TWO=power_of_two, num_warps=WARPS
-    )
-    return Weight(Blocks(codes, scales), Blocks(transposed, transposed_scales))
+    codes, scales = torch.empty_like(weight, dtype=FLOAT8), torch.empty(*experts, down, along, device=weight.device)
+    grid = along, down, experts[0] if experts else 1
+    if not _hopper(weight):
+        _quantize_weight[grid](weight, codes, scales, n, k, POWER_OF_TWO=power_of_two, num_warps=8)
+        turned = codes.view(torch.uint8).mT.contiguous().view(FLOAT8)
+        return Weight(Blocks(codes, scales), Blocks(turned, scales.mT.contiguous()))
+    from kernels.fp8.quantize_gluon import quantize_weight as kernel
+
+    turned = torch.empty(*experts, k, n, dtype=FLOAT8, device=weight.device)
+    turned_scales = torch.empty(*experts, along, down, device=weight.device)
+    kernel[grid](weight, codes, scales, turned, turned_scales, n, k, POWER_OF_TWO=power_of_two, num_warps=8)
+    return Weight(Blocks(codes, scales), Blocks(turned, turned_scales))
 
 
-class _Output:
-    """Room for the codes of [m, k] along rows, across them, or both."""
-
-    def __init__(self, m: int, k: int, device: torch.device, rows: bool, across: bool) -> None:
-        down, along = triton.cdiv(m, BLOCK), triton.cdiv(k, BLOCK)
-        self.grid = (down, along)
-        self.stride = triton.cdiv(m, ALIGNMENT) * ALIGNMENT
-        self.rows = self.across = None
-        wide = None
-        if rows:
-            scales = torch.empty(along, self.stride, device=device)
-            self.rows = Rows(torch.empty(m, k, dtype=FLOAT8, device=device), scales[:, :m])
-        if across:
-            wide = torch.empty(k, self.stride, dtype=FLOAT8, device=device)
-            self.across = Rows(wide[:, :m], torch.empty(down, k, device=device))
-        self.pointers = (
-            *(self.rows or (None, None)),
-            wide,
-            None if self.across is None else self.across.scales,
-        )
+def _hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)

@@ -19,7 +19,7 @@ SMALLEST = 1e-10  # of the largest magnitude in a block: a block of zeros has a 
 
 def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
     """The scale that puts `largest` at the end of the range; or the next power of two, which rounds no code twice."""
-    scale = largest.clamp_min(SMALLEST) / FLOAT8_MAX
+    scale = largest.clamp_min(SMALLEST) * (1.0 / FLOAT8_MAX)
     if not power_of_two:
         return scale
     return ((scale.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
@@ -30,7 +30,7 @@ def quantize_rows(x_MK: Tensor, power_of_two: bool = False) -> Rows:
     rows, width = x_MK.shape
     blocks_MkB = F.pad(x_MK.float(), (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))
     scales_Mk = scale_of(blocks_MkB.abs().amax(-1), power_of_two)
-    codes = (blocks_MkB / scales_Mk[..., None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).flatten(1)
+    codes = (blocks_MkB * scales_Mk.reciprocal()[..., None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).flatten(1)
     return Rows(_padded(codes[:, :width]), _padded(scales_Mk.T))
 
 
@@ -53,7 +53,7 @@ def quantize_weight(weight: Tensor, power_of_two: bool = False) -> Weight:
     padded = F.pad(weight.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., n, B, k, B]
     scales = scale_of(blocks.abs().amax((-3, -1)), power_of_two)
-    codes = (blocks / scales[..., :, None, :, None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
+    codes = (blocks * scales.reciprocal()[..., :, None, :, None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
     codes = codes.flatten(-4, -3).flatten(-2)[..., :n, :k].contiguous()
     return Weight(
         Blocks(codes, scales), Blocks(codes.view(torch.uint8).mT.contiguous().view(FLOAT8), scales.mT.contiguous())

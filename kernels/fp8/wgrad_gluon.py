@@ -26,8 +26,7 @@ def _span(ends_ptr, group, M, GROUPED: gl.constexpr):
     if GROUPED:
         begin = gl.load(ends_ptr + group - 1, mask=group > 0, other=0)
         return begin // 128, gl.load(ends_ptr + group) // 128
-    else:
-        return 0 * group, gl.cdiv(M, 128) + 0 * group
+    return 0 * group, gl.cdiv(M, 128) + 0 * group
 
 
 @gluon.jit

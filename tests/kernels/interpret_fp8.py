@@ -42,7 +42,7 @@ def close(name, ours, theirs):
     """Block by block of 128 × 128, so that a large one hides no small one; returns the worst."""
     apart, size = (norms(x.double()) for x in (ours - theirs, theirs))
     error = (apart / size.clamp(min=1e-30)).max().item()
-    print(f"{name:60s} {str(ours.dtype):16s} relative error {error:.1e}")
+    print(f"{name:60s} {ours.dtype!s:16s} relative error {error:.1e}")
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (name, ours.shape, theirs.shape)
     assert error <= TOLERANCE[ours.dtype], (name, error)
 
@@ -77,8 +77,10 @@ def quantization():
                 padding = across.codes.as_strided((k, across.codes.stride(0)), across.codes.stride())[:, m:]
                 assert (padding.float() == 0).all(), "padding of codes is read by products: it must be zero"
         for shape in [(256, 128), (200, 144), (3, 130, 272)]:
-            w = torch.stack([blocks_of_all_sizes(*shape[-2:]) for _ in range(3)]) if len(shape) == 3 else (
-                blocks_of_all_sizes(*shape)
+            w = (
+                torch.stack([blocks_of_all_sizes(*shape[-2:]) for _ in range(3)])
+                if len(shape) == 3
+                else (blocks_of_all_sizes(*shape))
             )
             ours, theirs = quantize.quantize_weight(w, power_of_two), reference.quantize_weight(w, power_of_two)
             same_codes(f"weight {shape}", ours.forward, theirs.forward)
@@ -151,9 +153,16 @@ def main():
         from kernels.fp8 import hopper
 
         modules.append(hopper)
-    for case in (quantization, gathers, swiglu):
-        torch.manual_seed(0)
-        case()
+    hopper = quantize._hopper
+    for name, choose in (("as dispatched", hopper), ("plain Triton", lambda x: False)):
+        print(f"quantisation, {name}")
+        quantize._hopper = choose
+        for case in (quantization, gathers, swiglu):
+            torch.manual_seed(0)
+            case()
+        if not CUDA:
+            break
+    quantize._hopper = hopper
     for module in modules:
         torch.manual_seed(0)
         products(module)

@@ -102,7 +102,9 @@ def test_experts_are_near_the_exact_ones_and_an_idle_expert_learns_nothing():
         if differentiable:
             order = layout(indices, e, tile=1)
             rows = kernels.permute(inputs[0], order)
-            hidden = kernels.swiglu(kernels.grouped_gemm(rows, inputs[2], order), kernels.permute_gates(inputs[1], order))
+            hidden = kernels.swiglu(
+                kernels.grouped_gemm(rows, inputs[2], order), kernels.permute_gates(inputs[1], order)
+            )
             y = kernels.unpermute(kernels.grouped_gemm(hidden, inputs[3], order), order, n)
         else:
             both = quantized(gate_up), quantized(down)

@@ -263,7 +263,9 @@ def test_fp8_quantises_a_weight_once_a_step_and_never_the_head(make_job, wide_v3
 
     seen = []
     quantize = reference.quantize_weight
-    monkeypatch.setattr(reference, "quantize_weight", lambda w, power_of_two=False: seen.append(w.data_ptr()) or quantize(w))
+    monkeypatch.setattr(
+        reference, "quantize_weight", lambda w, power_of_two=False: seen.append(w.data_ptr()) or quantize(w)
+    )
     options = {"precision": "fp8", "micro_batch_size": 2}
     with process_group() as ranks:
         trainer = Trainer(make_job(wide_v3, options=options), ranks)

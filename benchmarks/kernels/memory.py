@@ -1,0 +1,143 @@
+"""The kernels that move numbers rather than multiply them, against a copy's bandwidth, torch and Liger.
+
+GB/s count every input read once and every output written once. Letters: N rows, D width, F width of a SwiGLU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.kernels.timing import Case, captured, median_ms
+from kernels import fused
+from kernels.fp8 import quantize, reference
+
+COPY_BYTES = 2 << 30
+BF16 = torch.bfloat16
+ROWS = ((8192, 2048), (8192, 7168), (16384, 2048))
+SWIGLUS = ((16384, 2048), (16384, 8192), (98304, 1408))
+
+
+def liger() -> Any | None:
+    try:
+        from liger_kernel.ops import rms_norm, swiglu
+    except ImportError:
+        return None
+    return rms_norm, swiglu
+
+
+def copy_gbps() -> float:
+    """What a device-to-device copy reaches, read and write counted."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / median_ms(captured(lambda: target.copy_(source)).replay) / 1e6
+
+
+def memory() -> Iterator[dict[str, Any]]:
+    copy, peers = copy_gbps(), liger()
+
+    def run(case: Case) -> dict[str, Any]:
+        row = case.run()
+        row["anchors"]["copy"] = copy
+        print(f"{'':44s} {row['ours'] / copy:.2f} x copy at {copy:.0f} GB/s", flush=True)
+        return row
+
+    for n, d in ROWS:
+        x = torch.randn(n, d, device="cuda", dtype=BF16)
+        exact = reference.quantize(x)
+        for name, options, parts, size in (
+            ("quantize rows", {"across": False}, 1, 3),
+            ("quantize rows and across", {}, 2, 4),
+        ):
+            case = Case(f"memory {name} {n}x{d}", "GB/s", (size + parts * 4 / 128) * n * d)
+            case.expected, case.tolerance = codes(exact[:parts]), 1e-3
+            case.taken = lambda out, parts=parts: codes(out[:parts])
+            case.add("ours", lambda x=x, options=options: quantize.quantize(x, **options))
+            yield run(case)
+        weight = torch.randn(64, d, 1408, device="cuda", dtype=BF16) if d == 2048 else None
+        if n == 8192 and weight is not None:
+            case = Case(f"memory quantize weight 64x{d}x1408", "GB/s", 4.0 * weight.numel())
+            case.add("ours", lambda w=weight: quantize.quantize_weight(w))
+            yield run(case)
+        yield from (run(case) for case in norms(n, d, peers))
+    for n, f in SWIGLUS:
+        yield from (run(case) for case in swiglus(n, f, peers))
+    yield from (run(case) for case in routing())
+
+
+def codes(quantized: Any) -> Tensor:
+    """Codes as numbers, for a comparison."""
+    return torch.cat([part.codes.float().flatten() for part in quantized])
+
+
+def norms(n: int, d: int, peers: Any) -> Iterator[Case]:
+    x, grad = (torch.randn(n, d, device="cuda", dtype=BF16) for _ in range(2))
+    weight = torch.rand(d, device="cuda") + 0.5
+    y, rstd = fused.rms_norm(x, weight, 1e-6)
+    case = Case(f"memory rms_norm {n}x{d}", "GB/s", 4.0 * n * d, F.rms_norm(x, (d,), weight.bfloat16(), 1e-6), 5e-3)
+    case.taken = lambda out: out[0] if isinstance(out, tuple) else out
+    case.add("ours", lambda: fused.rms_norm(x, weight, 1e-6))
+    low = weight.bfloat16()
+    case.add("torch", lambda: F.rms_norm(x, (d,), low, 1e-6))
+    if peers:
+        case.add("liger", lambda: peers[0].rms_norm_forward(x, low, 1e-6, 0.0, "llama", None))
+    yield case
+    case = Case(f"memory rms_norm backward {n}x{d}", "GB/s", 6.0 * n * d)
+    case.add("ours", lambda: fused.rms_norm_backward(grad, x, weight, rstd))
+    fused_torch = torch.ops.aten._fused_rms_norm
+    _, torch_rstd = fused_torch(x, [d], low, 1e-6)
+    backward = torch.ops.aten._fused_rms_norm_backward
+    case.add("torch", lambda: backward(grad, x, [d], torch_rstd, low, [True, True]))
+    if peers:
+        _, _, rstd_of_liger, block, warps, casting = peers[0].rms_norm_forward(x, low, 1e-6, 0.0, "llama", None)
+        options = 0.0, casting, block, warps, False, None
+        case.add("liger", lambda: peers[0].rms_norm_backward(grad, x, low, rstd_of_liger, *options))
+    yield case
+
+
+def swiglus(n: int, f: int, peers: Any) -> Iterator[Case]:
+    x, grad = torch.randn(n, 2 * f, device="cuda", dtype=BF16), torch.randn(n, f, device="cuda", dtype=BF16)
+    gates = torch.rand(n, device="cuda")
+    scales = 4 / 128
+
+    def case(name: str, per_number: float, call: Callable[[], Any]) -> Case:
+        made = Case(f"memory {name} {n}x{f}", "GB/s", per_number * n * f)
+        made.add("ours", call)
+        return made
+
+    yield case("swiglu, quantize rows", 5 + scales, lambda: quantize.swiglu_quantize(x, gates, across=False))
+    yield case("swiglu, quantize across", 5 + scales, lambda: quantize.swiglu_quantize(x, gates, rows=False))
+    yield case("swiglu, quantize both", 6 + 2 * scales, lambda: quantize.swiglu_quantize(x, gates))
+    yield case(
+        "swiglu backward, quantize both", 10 + 4 * scales, lambda: quantize.swiglu_backward_quantize(grad, x, gates)
+    )
+    yield case("swiglu bf16", 6, lambda: fused.swiglu(x, gates))
+    yield case("swiglu backward bf16", 10, lambda: fused.swiglu_backward(grad, x, gates))
+
+
+def routing(tokens: int = 16384, experts: int = 64, chosen: int = 6, d: int = 2048) -> Iterator[Case]:
+    """A gather into experts' rows with its quantisation, and the sum back."""
+    from kernels.fp8.autograd import Order
+    from kernels.grouped import layout
+
+    x = torch.randn(tokens, d, device="cuda", dtype=BF16)
+    indices = torch.rand(tokens, experts, device="cuda").topk(chosen).indices
+    order = Order.of(layout(indices, experts, 128))
+    rows = len(order.source_P)
+    case = Case(f"memory gather, quantize both {rows}x{d}", "GB/s", 4.0 * rows * d)
+    case.add("ours", lambda: quantize.quantize(x, order.source_P))
+    yield case
+    y = torch.randn(rows, d, device="cuda", dtype=BF16)
+    case = Case(f"memory sum of {chosen} rows {tokens}x{d}", "GB/s", 2.0 * (chosen + 1) * tokens * d)
+    case.expected, case.tolerance = y.float().index_select(0, order.row_R).view(tokens, chosen, d).sum(1), 5e-3
+    case.add("ours", lambda: fused.gather_sum(y, order.row_R, tokens))
+    yield case
+
+
+if __name__ == "__main__":
+    list(memory()) if len(sys.argv) == 1 else None
