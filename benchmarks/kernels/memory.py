@@ -5,7 +5,6 @@ GB/s count every input read once and every output written once. Letters: N rows,
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +32,7 @@ def liger() -> Any | None:
 
 def copy_gbps() -> float:
     """What a device-to-device copy reaches, read and write counted."""
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    source = torch.randn(COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / median_ms(captured(lambda: target.copy_(source)).replay) / 1e6
 
@@ -78,7 +77,7 @@ def codes(quantized: Any) -> Tensor:
 def norms(n: int, d: int, peers: Any) -> Iterator[Case]:
     x, grad = (torch.randn(n, d, device="cuda", dtype=BF16) for _ in range(2))
     weight = torch.rand(d, device="cuda") + 0.5
-    y, rstd = fused.rms_norm(x, weight, 1e-6)
+    _, rstd = fused.rms_norm(x, weight, 1e-6)
     case = Case(f"memory rms_norm {n}x{d}", "GB/s", 4.0 * n * d, F.rms_norm(x, (d,), weight.bfloat16(), 1e-6), 5e-3)
     case.taken = lambda out: out[0] if isinstance(out, tuple) else out
     case.add("ours", lambda: fused.rms_norm(x, weight, 1e-6))
@@ -137,7 +136,3 @@ def routing(tokens: int = 16384, experts: int = 64, chosen: int = 6, d: int = 20
     case.expected, case.tolerance = y.float().index_select(0, order.row_R).view(tokens, chosen, d).sum(1), 5e-3
     case.add("ours", lambda: fused.gather_sum(y, order.row_R, tokens))
     yield case
-
-
-if __name__ == "__main__":
-    list(memory()) if len(sys.argv) == 1 else None

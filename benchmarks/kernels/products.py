@@ -1,9 +1,12 @@
-"""The float8 products against DeepGEMM, cuBLAS and bf16. Letters: M rows, N and K as in x [M, K], w [N, K], G groups."""
+"""The float8 products against DeepGEMM, cuBLAS and bf16.
+
+Letters: M rows, N and K as in x [M, K] and w [N, K], G groups. DeepGEMM's products for weight gradients can only add to
+what they write to; ours write.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from kernels.fp8.reference import blocks_of, rows_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 BF16_ERROR, FP32_ERROR = 2.5e-3, 3e-4
+BY_ROWS, BY_BLOCKS = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
 
 DENSE = (
     *((4096, 2112, 7168), (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 4096, 7168)),
@@ -30,12 +34,6 @@ WGRAD = ((4096, 4096, 7168), (4096, 7168, 16384), (4096, 7168, 2048), (8192, 204
 WGRAD_GROUPS = ((8, 1024), (8, 4096), (32, 1024))
 
 
-def activations(m: int, k: int) -> Tensor:
-    """Normal numbers whose blocks differ in magnitude."""
-    sizes = torch.exp(torch.randn(m, -(-k // BLOCK), device="cuda")).repeat_interleave(BLOCK, 1)[:, :k]
-    return (torch.randn(m, k, device="cuda") * sizes).bfloat16()
-
-
 def deep_gemm() -> Any | None:
     """The peer, if it was built beside the project and stands on the path."""
     try:
@@ -45,40 +43,56 @@ def deep_gemm() -> Any | None:
     return module
 
 
-def _wide(scales: Tensor) -> Tensor:
-    """128 × 128 scales with rows of whole 16 bytes, as cuBLAS wants them."""
-    return F.pad(scales, (0, -scales.shape[1] % 4))
+def activations(m: int, k: int) -> Tensor:
+    """Normal numbers whose blocks differ in magnitude."""
+    sizes = torch.exp(torch.randn(m, -(-k // BLOCK), device="cuda")).repeat_interleave(BLOCK, 1)[:, :k]
+    return (torch.randn(m, k, device="cuda") * sizes).bfloat16()
+
+
+def by_rows(x: Tensor) -> Rows:
+    rows, _ = quantize.quantize(x, across=False)
+    assert rows is not None
+    return rows
+
+
+def by_columns(x: Tensor) -> Rows:
+    _, across = quantize.quantize(x, rows=False)
+    assert across is not None
+    return across
+
+
+def parts(x: Rows, rows: slice) -> Rows:
+    """Some of the rows."""
+    return Rows(x.codes[rows], x.scales[:, rows])
+
+
+def against_bf16(case: Case, call: Callable[[], Any]) -> dict[str, Any]:
+    """Ours beside the same product of the unquantised operands, which is another result."""
+    other = Case(f"{case.name} against bf16", case.metric, case.work)
+    other.candidates = [case.candidates[0]]
+    other.add("bf16", call)
+    return other.run()
 
 
 def dense() -> Iterator[dict[str, Any]]:
-    peer = deep_gemm()
     for m, n, k in DENSE:
-        x, w = activations(m, k), (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
-        rows, weight = quantize.quantize(x, across=False)[0], quantize.quantize_weight(w).forward
-        case = Case(f"dense {m}x{n}x{k}", "TFLOP/s", 2.0 * m * n * k, rows_of(rows) @ blocks_of(weight).T, BF16_ERROR)
-        case.add("ours", lambda rows=rows, weight=weight: hopper.gemm(rows, weight, BF16))
-        y = torch.empty(m, n, dtype=BF16, device="cuda")
-        if peer:
-            a, b = (rows.codes, rows.scales.T), (weight.codes, weight.scales)
-            case.add("deepgemm", lambda a=a, b=b, y=y: peer.fp8_gemm_nt(a, b, y), y)
-        kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-        scales = rows.scales.T, _wide(weight.scales).T
-        case.add(
-            "cublas_block",
-            lambda rows=rows, weight=weight, scales=scales: F.scaled_mm(
-                rows.codes, weight.codes.T, scales[0], kinds[0], scales[1], kinds[1], output_dtype=BF16
-            ),
-        )
-        yield case.run()
-        yield from _bf16(f"dense {m}x{n}x{k} against bf16", case, lambda x=x, w=w, y=y: torch.mm(x, w.T, out=y))
+        yield from _dense(m, n, k)
 
 
-def _bf16(name: str, case: Case, call: Any) -> Iterator[dict[str, Any]]:
-    """Ours beside the same product of the unquantised operands, which is another result."""
-    other = Case(name, case.metric, case.work)
-    other.candidates = [case.candidates[0]]
-    other.add("bf16", call)
-    yield other.run()
+def _dense(m: int, n: int, k: int) -> Iterator[dict[str, Any]]:
+    peer = deep_gemm()
+    x, w = activations(m, k), (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
+    rows, weight = by_rows(x), quantize.quantize_weight(w).forward
+    y = torch.empty(m, n, dtype=BF16, device="cuda")
+    case = Case(f"dense {m}x{n}x{k}", "TFLOP/s", 2.0 * m * n * k, rows_of(rows) @ blocks_of(weight).T, BF16_ERROR)
+    case.add("ours", lambda: hopper.gemm(rows, weight, BF16))
+    if peer:
+        case.add("deepgemm", lambda: peer.fp8_gemm_nt((rows.codes, rows.scales.T), weight, y), y)
+    wide = F.pad(weight.scales, (0, -weight.scales.shape[1] % 4)).T  # rows of whole 16 bytes, as cuBLAS wants them
+    operands = rows.codes, weight.codes.T, rows.scales.T, BY_ROWS, wide, BY_BLOCKS
+    case.add("cublas_block", lambda: F.scaled_mm(*operands, output_dtype=BF16))
+    yield case.run()
+    yield against_bf16(case, lambda: torch.mm(x, w.T, out=y))
 
 
 def uneven() -> list[int]:
@@ -89,92 +103,72 @@ def uneven() -> list[int]:
 
 
 def grouped() -> Iterator[dict[str, Any]]:
-    peer = deep_gemm()
     sizes = [(f"G{g} m{m}", [m] * g) for g, m in GROUPS] + [("G32 uneven", uneven())]
     for n, k in EXPERTS:
         for name, rows_G in sizes:
-            m, g = sum(rows_G), len(rows_G)
-            x, w = activations(m, k), torch.empty(g, n, k, dtype=BF16, device="cuda").normal_(0.0, 0.02)
-            rows, weight = quantize.quantize(x, across=False)[0], quantize.quantize_weight(w).forward
-            counts = torch.tensor(rows_G, device="cuda")
-            of_row = torch.repeat_interleave(torch.arange(g, device="cuda", dtype=torch.int32), counts)
-            expert, tiles = of_row[::BLOCK].contiguous(), torch.tensor([m // BLOCK], device="cuda", dtype=torch.int32)
-            last = max(number for number in range(g) if rows_G[number])
-            tail = slice(m - rows_G[last], m)
-            exact = _rows(rows, tail) @ blocks_of(Blocks(weight.codes[last], weight.scales[last])).T
-            case = Case(
-                f"grouped {name} {n}x{k}", "TFLOP/s", 2.0 * m * n * k, exact, BF16_ERROR, lambda y, t=tail: y[t]
-            )
-            case.add("ours", lambda a=(rows, weight, expert, tiles): hopper.grouped_gemm(*a, BF16))
-            y = torch.empty(m, n, dtype=BF16, device="cuda")
-            if peer:
-                a, b = (rows.codes, rows.scales.T), (weight.codes, weight.scales)
-                case.add(
-                    "deepgemm", lambda a=a, b=b, y=y, r=of_row: peer.m_grouped_fp8_gemm_nt_contiguous(a, b, y, r), y
-                )
-            yield case.run()
-            ends = counts.cumsum(0).to(torch.int32)
-            yield from _bf16(
-                f"{case.name} against bf16", case, lambda x=x, w=w, e=ends: F.grouped_mm(x, w.transpose(1, 2), offs=e)
-            )
+            yield from _grouped(name, rows_G, n, k)
 
 
-def _rows(quantized: Rows, rows: slice) -> Tensor:
-    return rows_of(Rows(quantized.codes[rows], quantized.scales[:, rows]))
+def _grouped(name: str, rows_G: list[int], n: int, k: int) -> Iterator[dict[str, Any]]:
+    peer, m, g = deep_gemm(), sum(rows_G), len(rows_G)
+    x, w = activations(m, k), torch.empty(g, n, k, dtype=BF16, device="cuda").normal_(0.0, 0.02)
+    rows, weight = by_rows(x), quantize.quantize_weight(w).forward
+    counts = torch.tensor(rows_G, device="cuda")
+    group_M = torch.repeat_interleave(torch.arange(g, device="cuda", dtype=torch.int32), counts)
+    expert, tiles = group_M[::BLOCK].contiguous(), torch.tensor([m // BLOCK], device="cuda", dtype=torch.int32)
+    last = max(number for number in range(g) if rows_G[number])
+    tail = slice(m - rows_G[last], m)
+    exact = rows_of(parts(rows, tail)) @ blocks_of(Blocks(weight.codes[last], weight.scales[last])).T
+    case = Case(f"grouped {name} {n}x{k}", "TFLOP/s", 2.0 * m * n * k, exact, BF16_ERROR, lambda y: y[tail])
+    case.add("ours", lambda: hopper.grouped_gemm(rows, weight, expert, tiles, BF16))
+    if peer:
+        y, a = torch.empty(m, n, dtype=BF16, device="cuda"), (rows.codes, rows.scales.T)
+        case.add("deepgemm", lambda: peer.m_grouped_fp8_gemm_nt_contiguous(a, weight, y, group_M), y)
+    yield case.run()
+    ends = counts.cumsum(0).to(torch.int32)
+    yield against_bf16(case, lambda: F.grouped_mm(x, w.transpose(1, 2), offs=ends))
 
 
 def wgrad() -> Iterator[dict[str, Any]]:
-    peer = deep_gemm()
     for n, k, m in WGRAD:
-        y, x = (quantize.quantize(activations(m, width), rows=False)[1] for width in (n, k))
-        exact = rows_of(y) @ rows_of(x).T
-        case = Case(f"wgrad {n}x{k}x{m}", "TFLOP/s", 2.0 * m * n * k, exact, FP32_ERROR)
-        case.add("ours", lambda y=y, x=x: hopper.wgrad(y, x, FP32))
-        kind = ScalingType.BlockWise1x128
-        case.add(
-            "cublas_block",
-            lambda y=y, x=x: F.scaled_mm(y.codes, x.codes.T, y.scales.T, kind, x.scales.T, kind, output_dtype=FP32),
-        )
-        if peer:
-            out = torch.zeros(n, k, device="cuda")
-            a, b = (y.codes, y.scales.T), (x.codes, x.scales.T)
-            case.add(
-                "deepgemm_adding", lambda a=a, b=b, o=out: peer.fp8_gemm_nt(a, b, o, c=o, recipe=(1, 1, 128)), out, True
-            )
-        yield case.run()
+        yield _wgrad(n, k, m)
     for g, each in WGRAD_GROUPS:
         for n, k in EXPERTS:
-            yield _grouped_wgrad(peer, g, each, n, k)
+            yield _grouped_wgrad(g, each, n, k)
 
 
-def _grouped_wgrad(peer: Any, g: int, each: int, n: int, k: int) -> dict[str, Any]:
-    m = g * each
-    y, x = (quantize.quantize(activations(m, width), rows=False)[1] for width in (n, k))
+def _wgrad(n: int, k: int, m: int) -> dict[str, Any]:
+    peer, y, x = deep_gemm(), by_columns(activations(m, n)), by_columns(activations(m, k))
+    case = Case(f"wgrad {n}x{k}x{m}", "TFLOP/s", 2.0 * m * n * k, rows_of(y) @ rows_of(x).T, FP32_ERROR)
+    case.add("ours", lambda: hopper.wgrad(y, x, FP32))
+    operands = y.codes, x.codes.T, y.scales.T, BY_ROWS, x.scales.T, BY_ROWS
+    case.add("cublas_block", lambda: F.scaled_mm(*operands, output_dtype=FP32))
+    if peer:
+        out, a, b = torch.zeros(n, k, device="cuda"), (y.codes, y.scales.T), (x.codes, x.scales.T)
+        case.add("deepgemm", lambda: peer.fp8_gemm_nt(a, b, out, c=out, recipe=(1, 1, 128)), out, adds=True)
+    return case.run()
+
+
+def _grouped_wgrad(g: int, each: int, n: int, k: int) -> dict[str, Any]:
+    peer, m = deep_gemm(), g * each
+    y, x = by_columns(activations(m, n)), by_columns(activations(m, k))
     ends = (torch.arange(1, g + 1, device="cuda") * each).to(torch.int32)
     last, blocks = slice(m - each, m), slice((m - each) // BLOCK, m // BLOCK)
     exact = rows_of(Rows(y.codes[:, last], y.scales[blocks])) @ rows_of(Rows(x.codes[:, last], x.scales[blocks])).T
     case = Case(f"wgrad G{g} m{each} {n}x{k}", "TFLOP/s", 2.0 * m * n * k, exact, FP32_ERROR, lambda w: w[-1])
     case.add("ours", lambda: hopper.grouped_wgrad(y, x, ends, FP32))
     if peer:
-        flat = [
-            torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in q.codes.split(each, 1)]).view(
-                q.codes.dtype
-            )
-            for q in (y, x)
-        ]
+        a, b = (_group_by_group(y, each), y.scales.T), (_group_by_group(x, each), x.scales.T)
         out, counts = torch.zeros(g, n, k, device="cuda"), torch.full((g,), each, dtype=torch.int32, device="cuda")
-        a, b = (flat[0], y.scales.T), (flat[1], x.scales.T)
-        case.add(
-            "deepgemm",  # it can only add
-            lambda: peer.k_grouped_fp8_gemm_nt_contiguous(a, b, out, [each] * g, counts, out),
-            out,
-            True,
-        )
+        wanted = a, b, out, [each] * g, counts, out
+        case.add("deepgemm", lambda: peer.k_grouped_fp8_gemm_nt_contiguous(*wanted), out, adds=True)
     return case.run()
 
 
-AREAS = {"dense": dense, "grouped": grouped, "wgrad": wgrad}
+def _group_by_group(x: Rows, each: int) -> Tensor:
+    """Codes [K, M] as DeepGEMM wants them: each group's [K, M_g] behind the last's."""
+    groups = x.codes.view(torch.uint8).split(each, 1)
+    return torch.cat([group.flatten() for group in groups]).view(x.codes.dtype)
 
-if __name__ == "__main__":
-    for area in sys.argv[1:] or AREAS:
-        list(AREAS[area]())
+
+AREAS = {"dense": dense, "grouped": grouped, "wgrad": wgrad}

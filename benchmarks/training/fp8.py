@@ -4,7 +4,8 @@
     python benchmarks/training/fp8.py --tokens FOLDER_OF_THE_TOKENS_ARTIFACT --steps 600 --seeds 0
 
 Runs the trainer itself, each precision in turn; a run that is kept in --runs already is not made again. The final
-loss is the mean over the last tenth of the steps. Writes results/fp8_loss.json and its plot beside this file, or into --out.
+loss is the mean over the last tenth of the steps. Writes results/fp8_loss.json and its plot beside this file, or into
+--out.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ def run(precision: str, seed: int, tokens: str, steps: int) -> dict[str, Any]:
     def report(done: int, total: int, unit: str, **metrics: float) -> None:
         nonlocal said
         rows.append({"step": done, **metrics})
-        if time.monotonic() - said > 10:
+        if "loss" in metrics and time.monotonic() - said > 10:
             said = time.monotonic()
             left = (said - began) / max(done, 1) * (total - done)
             print(
-                f"{precision} seed {seed}: {done}/{total}, loss {metrics.get('loss'):.4f}, {left:.0f} s left",
+                f"{precision} seed {seed}: {done}/{total}, loss {metrics['loss']:.4f}, {left:.0f} s left",
                 flush=True,
             )
 

@@ -1,12 +1,12 @@
 """Y = X Wᵀ on Hopper, with a scale for each 1 × 128 of X and each 128 × 128 of W: dense, or one W for each 128 rows.
 
-Written in Gluon, for what plain Triton can't say: a warp that only starts copies, two warpgroups that only multiply, and
-who of the two may issue next. A product of 128 along K goes to registers of its own and is scaled into the fp32
+Written in Gluon, for what plain Triton can't say: a warp that only starts copies, two warpgroups that only multiply,
+and who of the two may issue next. A product of 128 along K goes to registers of its own and is scaled into the fp32
 accumulators from there (DeepSeek-V3, section 3.3.2: the tensor core alone adds with 14 bits). While one warpgroup does
-that, the other multiplies, if they take turns: left alone they fall into step, both multiply, then both add, and the
-tensor core stands still for an eighth of the time. So a warpgroup issues its product when the other has issued its own.
+that the other multiplies, if they take turns: left alone they fall into step, multiply both, then add both, and the
+tensor core stands still meanwhile. So a warpgroup issues its product when the other has issued its own.
 
-Each warpgroup owns 64 rows of a tile of 128 × (128 + TAIL). Letters: M rows, N and K as in the shapes [M, K] and [N, K].
+Each warpgroup owns 64 rows of a tile of 128 × (128 + TAIL). Letters: M rows, N and K as in x [M, K] and W [N, K].
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def _parts(column, TAIL: gl.constexpr):
     """Where in a tile its part of 128 columns begins, and where the tail. Neither may cross a scale of W: every second
     tile of 192 has its tail in front."""
     if TAIL == 64:
-        odd = column % 2
-        return 64 * odd, 128 * (1 - odd)
-    return 0 * column, 0 * column + 128
+        part, tail = 64 * (column % 2), 128 - 128 * (column % 2)
+    else:
+        part, tail = 0 * column, 0 * column + 128
+    return part, tail
 
 
 @gluon.jit

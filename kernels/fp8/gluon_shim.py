@@ -16,5 +16,7 @@ def reinterpret(buffer, SHAPE: gl.constexpr):
     """A buffer of fp32 numbers under another shape, flat in memory."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     if _RENAMED:
-        return buffer.reinterpret(gl.float32, SHAPE, flat)
-    return buffer._reinterpret(gl.float32, SHAPE, flat)
+        view = buffer.reinterpret(gl.float32, SHAPE, flat)
+    else:
+        view = buffer._reinterpret(gl.float32, SHAPE, flat)
+    return view

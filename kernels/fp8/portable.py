@@ -1,6 +1,6 @@
 """The products in plain Triton: what runs on Ada and Blackwell, and under the interpreter in the CPU tests.
 
-On Hopper about two thirds as fast as `kernels.fp8.hopper`: both warpgroups wait for every product before they add it up.
+On Hopper `kernels.fp8.hopper` is faster: here all warps wait for every product before they add it up.
 Letters as in `kernels.fp8.formats`.
 """
 

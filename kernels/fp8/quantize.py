@@ -28,27 +28,25 @@ def _numbers(x_ptr, gate_up_ptr, source_R, gate_R, columns, k, stride, of_up, KI
     COPY: rows `source_R` of x. SWIGLU: silu(gate) · up · the row's gate. SWIGLU_BACKWARD: the gradient of the gates, or
     `of_up` of the ups, where x is that of the product.
     """
-    inside = (source_R >= 0)[:, None] & (columns < k)[None, :]
+    inside, part_R = (source_R >= 0)[:, None] & (columns < k)[None, :], gate_R
     if KIND == COPY:
         x_RC = tl.load(x_ptr + source_R[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        return x_RC, gate_R
     else:
         offsets = source_R[:, None] * (2 * k) + columns[None, :]
         opened_RC = tl.load(gate_up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         sigmoid_RC = tl.sigmoid(opened_RC)
         if KIND == SWIGLU:
-            up_RC = tl.load(gate_up_ptr + offsets + k, mask=inside, other=0.0).to(tl.float32)
-            return up_RC * opened_RC * sigmoid_RC * gate_R[:, None], gate_R
+            x_RC = tl.load(gate_up_ptr + offsets + k, mask=inside, other=0.0).to(tl.float32)
+            x_RC *= opened_RC * sigmoid_RC * gate_R[:, None]
         else:
-            grad_RC = tl.load(x_ptr + source_R[:, None] * k + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            part_R = gate_R
+            x_RC = tl.load(x_ptr + source_R[:, None] * k + columns[None, :], mask=inside, other=0.0).to(tl.float32)
             if of_up == 0:
-                grad_RC *= tl.load(gate_up_ptr + offsets + k, mask=inside, other=0.0).to(tl.float32)
-                part_R = tl.sum(grad_RC * opened_RC * sigmoid_RC, axis=1)
-                grad_RC *= sigmoid_RC * (1.0 + opened_RC * (1.0 - sigmoid_RC)) * gate_R[:, None]
+                x_RC *= tl.load(gate_up_ptr + offsets + k, mask=inside, other=0.0).to(tl.float32)
+                part_R = tl.sum(x_RC * opened_RC * sigmoid_RC, axis=1)
+                x_RC *= sigmoid_RC * (1.0 + opened_RC * (1.0 - sigmoid_RC)) * gate_R[:, None]
             else:
-                grad_RC *= opened_RC * sigmoid_RC * gate_R[:, None]
-            return grad_RC, part_R
+                x_RC *= opened_RC * sigmoid_RC * gate_R[:, None]
+    return x_RC, part_R
 
 
 @triton.jit
@@ -72,7 +70,7 @@ def _quantize(
     if GATED:
         gate_R = tl.load(gates_ptr + rows, mask=rows < m, other=0.0).to(tl.float32)
     x_RC, grad_gate_R = _numbers(x_ptr, gate_up_ptr, source_R, gate_R, columns, k, x_stride, of_up, KIND)
-    if KIND == SWIGLU_BACKWARD:
+    if KIND == SWIGLU_BACKWARD:  # noqa: SIM102 - the compiler must know this one alone
         if GATED and of_up == 0:
             # One number a row and block: summed over blocks behind the kernel, in their order.
             tl.store(grad_gates_ptr + column.to(tl.int64) * m + rows, grad_gate_R, mask=rows < m)
@@ -173,11 +171,11 @@ def _launch(
     if across and _hopper(read):
         from kernels.fp8.quantize_gluon import quantize as kernel
 
+    outputs = *(along_rows or (None, None)), wide, None if across_rows is None else across_rows.scales, grad_gates
     kernel[(blocks * halves, triton.cdiv(m, tile["R"]))](
-        x, gate_up, gates, source, *(along_rows or (None, None)), wide, across_rows and across_rows.scales, grad_gates,
-        m, k, 0 if x is None else x.stride(0), stride,
-        INDEX=tl.int64 if most >= 2**31 else tl.int32, KIND=kind, GATHER=source is not None, GATED=gates is not None, ALONG=rows, ACROSS=across,
-        POWER_OF_TWO=power_of_two, **tile,
+        x, gate_up, gates, source, *outputs, m, k, 0 if x is None else x.stride(0), stride,
+        INDEX=tl.int64 if most >= 2**31 else tl.int32, KIND=kind, GATHER=source is not None, GATED=gates is not None,
+        ALONG=rows, ACROSS=across, POWER_OF_TWO=power_of_two, **tile,
     )  # fmt: skip
     return along_rows, across_rows, grad_gates
 

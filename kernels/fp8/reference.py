@@ -7,6 +7,8 @@ tiles of 128 routed rows.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,7 @@ def scale_of(largest: Tensor, power_of_two: bool) -> Tensor:
 
 def quantize_rows(x_MK: Tensor, power_of_two: bool = False) -> Rows:
     """1 × 128 along the last dimension."""
-    rows, width = x_MK.shape
+    width = x_MK.shape[1]
     blocks_MkB = F.pad(x_MK.float(), (0, -width % BLOCK)).unflatten(1, (-1, BLOCK))
     scales_Mk = scale_of(blocks_MkB.abs().amax(-1), power_of_two)
     codes = (blocks_MkB * scales_Mk.reciprocal()[..., None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).flatten(1)
@@ -132,5 +134,5 @@ def grouped_wgrad(y: Rows, x: Rows, ends_E: Tensor, dtype: torch.dtype) -> Tenso
     rows gets zeros."""
     y_NP, x_KP = rows_of(y), rows_of(x)
     starts = [0, *ends_E.tolist()]
-    parts = [y_NP[:, a:b] @ x_KP[:, a:b].T for a, b in zip(starts, starts[1:], strict=False)]
+    parts = [y_NP[:, a:b] @ x_KP[:, a:b].T for a, b in pairwise(starts)]
     return torch.stack(parts).to(dtype)

@@ -23,10 +23,11 @@ from kernels.fp8.gluon_shim import load
 @gluon.jit
 def _span(ends_ptr, group, M, GROUPED: gl.constexpr):
     """The blocks of 128 rows that a group sums over: from the first, up to the second."""
+    begin, end = 0 * group, gl.cdiv(M, 128) + 0 * group
     if GROUPED:
-        begin = gl.load(ends_ptr + group - 1, mask=group > 0, other=0)
-        return begin // 128, gl.load(ends_ptr + group) // 128
-    return 0 * group, gl.cdiv(M, 128) + 0 * group
+        begin = gl.load(ends_ptr + group - 1, mask=group > 0, other=0) // 128
+        end = gl.load(ends_ptr + group) // 128
+    return begin, end
 
 
 @gluon.jit
@@ -69,7 +70,7 @@ def _multiply(
         row, column = raster(tile % (rows * columns), rows, columns, GROUP)
         begin, end = _span(ends_ptr, group, M, GROUPED)
         acc = zero
-        for block in range(begin, end):
+        for _ in range(begin, end):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
             y, x = y_bufs.index(2 * stage + WARPGROUP), x_bufs.index(stage)

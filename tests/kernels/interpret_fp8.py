@@ -14,8 +14,8 @@ from kernels.fp8.formats import BLOCK, FLOAT8
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-# Sums in another order, and where the interpreter truncates fp32 to bf16 instead of rounding, another unit.
-TOLERANCE = {torch.float32: 3e-4, torch.bfloat16: 2.5e-3 if CUDA else 6e-3}
+# Of the worst block. The tensor core sums 128 products in 14 bits; the interpreter truncates fp32 to bf16.
+TOLERANCE = {torch.float32: 6e-4, torch.bfloat16: 2.5e-3 if CUDA else 6e-3}
 
 
 def poisoned(size, *others, **options):

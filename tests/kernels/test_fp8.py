@@ -124,3 +124,12 @@ def test_shapes_that_cannot_be_copied_are_refused_by_name():
         fp8.linear(torch.randn(4, 40), weight, quantized(weight))
     with pytest.raises(ValueError, match="quantized is of"):
         fp8.linear(torch.randn(4, 32), torch.randn(16, 32), quantized(torch.randn(32, 32)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("script", ["interpret_fp8.py", "interpret_fused.py"])
+def test_every_kernel_equals_its_reference_on_the_device(script: str):
+    program = [sys.executable, Path(__file__).with_name(script)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=240)  # a hung kernel is killed
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-4000:]

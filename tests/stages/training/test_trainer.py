@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from infra.errors import ConfigError
+from kernels.fp8 import reference
 from model.router import Router
 from stages.training.checkpoint import load_model
 from stages.training.data import TokenWindows
@@ -259,8 +260,6 @@ def test_fp8_stays_near_bf16_and_goes_on_to_the_bit(make_job, wide_v3):
 
 
 def test_fp8_quantises_a_weight_once_a_step_and_never_the_head(make_job, wide_v3, monkeypatch):
-    from kernels.fp8 import reference
-
     seen = []
     quantize = reference.quantize_weight
     monkeypatch.setattr(

@@ -1,0 +1,110 @@
+"""The Gluon kernels, compiled for sm_90 where there is no GPU: what the machine code must and must not hold.
+
+A product that spills, or whose tensor-core instructions the assembler has put one behind the other, is right and slow:
+no test of results would tell.
+"""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from kernels.fp8 import gemm_gluon, quantize, quantize_gluon, wgrad_gluon  # noqa: E402
+from kernels.fp8.hopper import TILES, WGRAD_STAGES, _layout  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED_MEMORY = 232448  # bytes that a block may have on sm_90
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+def described(dtype: str, rows: int, columns: int) -> str:
+    bits = {"fp8e4nv": 8, "bf16": 16, "fp32": 32}[dtype]
+    return f"tensordesc<{dtype}{[rows, columns]},{_layout(bits)!r}>"
+
+
+class Compiled:
+    """A kernel's machine code: how often instructions occur, what it needs."""
+
+    def __init__(self, kernel, types: dict[str, str], constants: dict, warps: int) -> None:
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+        # As the launcher specialises them: pointers and sizes are multiples of 16 at real shapes.
+        aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name][0] in "*i"}
+        known = {(at,): constants[name] for at, name in enumerate(names) if name in constants}
+        source = GluonASTSource(fn=kernel, signature=signature, constexprs=known, attrs=aligned)
+        made = triton.compile(source, target=TARGET, options={"num_warps": warps})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(made.asm["cubin"])
+            file.flush()
+            self.code = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True).stdout
+            usage = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+            said = subprocess.run(usage, capture_output=True, text=True).stdout
+        self.stack = int(re.search(r"STACK:(\d+)", said)[1])
+        self.shared = made.metadata.shared
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(rf"\b{instruction}\b", self.code))
+
+    def check(self) -> None:
+        assert (self.stack, self.count("LDL"), self.count("STL")) == (0, 0, 0), "registers are spilled"
+        assert self.shared <= SHARED_MEMORY
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("width", "stages"), [tile[:2] for tile in TILES])
+def test_the_product_multiplies_in_float8_and_waits_once_a_product(width: int, stages: int, grouped: bool):
+    unit = 64 if width == 192 else 128
+    types = {
+        "x_desc": described("fp8e4nv", 64, 128),
+        "w_desc": described("fp8e4nv", unit, 128),
+        "y_desc": described("bf16", 64, unit),
+        "s_desc": described("fp32", 1, 64),
+        **{"w_scales_ptr": "*fp32", "expert_ptr": "*i32", "count_ptr": "*i32"},
+    }
+    constants = {"TAIL": width - 128, "UNIT": unit, "STAGES": stages, "GROUP": 16, "GROUPED": grouped, "DEPTH": 128}
+    made = Compiled(gemm_gluon.gemm, types, constants, 4)
+    made.check()
+    products = 2 * (1 if width == 128 else 2)  # of two warpgroups
+    assert made.count("QGMMA") == 4 * products, "a product of 128 is four instructions"
+    # A wait before a product's sum is read, and an empty one between the halves: more means one behind the other.
+    assert made.count(r"WARPGROUP\.DEPBAR\.LE") <= products + 2
+
+
+@pytest.mark.parametrize(("dtype", "grouped"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_the_product_for_weight_gradients_too(dtype: str, grouped: bool):
+    types = {
+        "y_desc": described("fp8e4nv", 64, 128),
+        "x_desc": described("fp8e4nv", 128, 128),
+        "ys_desc": described("fp32", 1, 64),
+        "xs_desc": described("fp32", 1, 128),
+        **{"w_ptr": f"*{dtype}", "ends_ptr": "*i32"},
+    }
+    made = Compiled(wgrad_gluon.wgrad, types, {"STAGES": WGRAD_STAGES, "GROUP": 8, "GROUPED": grouped}, 4)
+    made.check()
+    assert made.count("QGMMA") == 8
+    assert made.count(r"WARPGROUP\.DEPBAR\.LE") == 2
+
+
+@pytest.mark.parametrize("kind", [quantize.COPY, quantize.SWIGLU, quantize.SWIGLU_BACKWARD])
+def test_quantisation_writes_whole_words_and_transposes_nothing(kind):
+    types = {
+        **{"x_ptr": "*bf16", "gate_up_ptr": "*bf16", "gates_ptr": "*fp32", "source_ptr": "*i32"},
+        **{"codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "across_ptr": "*fp8e4nv"},
+        **{"across_scales_ptr": "*fp32", "grad_gates_ptr": "*fp32"},
+    }
+    constants = {
+        **{"INDEX": gl.int32, "KIND": kind.value, "GATHER": kind.value == 0, "GATED": kind.value > 0},
+        **{"ALONG": True, "ACROSS": True, "POWER_OF_TWO": False, "R": 128},
+    }
+    made = Compiled(quantize_gluon.quantize, types, constants, quantize.ACROSS["num_warps"])
+    made.check()
+    assert made.count(r"STG\.E\.128") >= 4, "a thread's codes of a column are one store"
+    assert made.count("LDS") < 16, "codes go through shared memory"
