@@ -15,7 +15,7 @@ store = tma.async_store if _RENAMED else tma.async_copy_shared_to_global
 def reinterpret(buffer, SHAPE: gl.constexpr):
     """A buffer of fp32 numbers under another shape, flat in memory."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    if _RENAMED:
+    if _RENAMED:  # noqa: SIM108 - the compiler leaves out the branch that it does not take
         view = buffer.reinterpret(gl.float32, SHAPE, flat)
     else:
         view = buffer._reinterpret(gl.float32, SHAPE, flat)
