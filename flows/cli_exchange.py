@@ -19,6 +19,7 @@ from infra.settings import Settings
 def export(
     ref: Annotated[str, typer.Argument(metavar="ID_OR_TAG", help="A checkpoint.")],
     directory: Annotated[Path | None, typer.Argument(help="New or empty folder for a copy; default: none.")] = None,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Weights in DeepSeek-V3's fp8 blocks.")] = False,
 ) -> None:
     """Write a checkpoint in the format that transformers and vLLM load.
 
@@ -35,7 +36,7 @@ def export(
     if (kind := store.manifest(checkpoint).kind) != "checkpoint":
         raise InputError(f"{checkpoint} is a {kind}: export needs a checkpoint")
     stage = stages.load("export")
-    config, inputs = stage.config_type(), {"checkpoint": checkpoint}
+    config, inputs = stage.config_type.parse({"fp8": fp8}), {"checkpoint": checkpoint}
     run_stage(stage, config, inputs)
     if directory is None:
         return

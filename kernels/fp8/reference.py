@@ -50,16 +50,20 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, power_of_two: bool = False) -> Weight:
+    """`quantize_blocks`, and the same transposed."""
+    codes, scales = quantize_blocks(weight, power_of_two)
+    turned = codes.view(torch.uint8).mT.contiguous().view(FLOAT8)
+    return Weight(Blocks(codes, scales), Blocks(turned, scales.mT.contiguous()))
+
+
+def quantize_blocks(weight: Tensor, power_of_two: bool = False) -> Blocks:
     """128 × 128 of [N, K], or of each expert's in [E, N, K]."""
     n, k = weight.shape[-2:]
     padded = F.pad(weight.float(), (0, -k % BLOCK, 0, -n % BLOCK))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., n, B, k, B]
     scales = scale_of(blocks.abs().amax((-3, -1)), power_of_two)
     codes = (blocks * scales.reciprocal()[..., :, None, :, None]).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
-    codes = codes.flatten(-4, -3).flatten(-2)[..., :n, :k].contiguous()
-    return Weight(
-        Blocks(codes, scales), Blocks(codes.view(torch.uint8).mT.contiguous().view(FLOAT8), scales.mT.contiguous())
-    )
+    return Blocks(codes.flatten(-4, -3).flatten(-2)[..., :n, :k].contiguous(), scales)
 
 
 def rows_of(quantized: Rows) -> Tensor:

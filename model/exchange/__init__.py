@@ -2,8 +2,8 @@
 
 `export_hf` and `write_published` write safetensors, config.json and the tokenizer's files; `PublishedCheckpoint` and
 `import_hf` read such a directory, in any floating dtype and with DeepSeek-V3's FP8 blocks. Values are moved, never
-rounded, so a round trip is exact. Both ways go tensor by tensor, from files to files without a model in between:
-`shards.py` says what that holds in memory.
+rounded, so a round trip is exact, unless one asks for those blocks. Both ways go tensor by tensor, from files to files
+without a model in between: `shards.py` says what that holds in memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, InputError
+from kernels.fp8 import BLOCK, FLOAT8, quantize_blocks
 from model.config import ModelConfig
 from model.exchange import deepseek, llama, qwen
 from model.exchange.layout import Part, Place
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SCALES = "_scale_inv"
+FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 _LAYOUTS: dict[str, ModuleType] = {
     "deepseek_v3": deepseek,
     "deepseek_v2": deepseek,
@@ -51,10 +54,11 @@ def export_hf(
     directory: str | Path,
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fp8: bool = False,
 ) -> None:
     """Write `model` as a published checkpoint that AutoModelForCausalLM loads offline; creates the directory."""
     state = model.state_dict()
-    write_published(model.config, specs_of(state), state.__getitem__, directory, tokenizer_dir, max_shard_bytes)
+    write_published(model.config, specs_of(state), state.__getitem__, directory, tokenizer_dir, max_shard_bytes, fp8)
 
 
 def write_published(
@@ -64,8 +68,13 @@ def write_published(
     directory: str | Path,
     tokenizer_dir: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    fp8: bool = False,
 ) -> None:
-    """`export_hf` of tensors that need not be in memory: `read` gives those of `specs`, under our names."""
+    """`export_hf` of tensors that need not be in memory: `read` gives those of `specs`, under our names.
+
+    `fp8` writes the weights of linear layers and experts as DeepSeek-V3's are released: e4m3 codes, and beside each
+    tensor one `…_scale_inv` for each 128 × 128 of it. Embedding, head, router and norms stay as they are.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     places = {place.part.name: place for place in _places(config, specs, read)}
@@ -77,11 +86,37 @@ def write_published(
     if tokenizer_dir is not None:
         published |= _special_ids(Path(tokenizer_dir))
         copy_tokenizer(tokenizer_dir, directory)
+    if fp8:
+        published["quantization_config"] = FP8_CONFIG
     (directory / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     cuts = {
         name: Spec(specs[place.ours].dtype, place.part.shape(specs[place.ours].shape)) for name, place in places.items()
     }
-    write_shards(directory, cuts, lambda name: [places[name].cut(read(places[name].ours))], max_shard_bytes)
+
+    def cut(name: str) -> Tensor:
+        return places[name].cut(read(places[name].ours))
+
+    if not fp8:
+        write_shards(directory, cuts, lambda name: [cut(name)], max_shard_bytes)
+        return
+
+    def coded(name: str) -> Tensor:
+        whole = name.removesuffix(SCALES)
+        codes, scales = quantize_blocks(cut(whole))
+        return codes if name == whole else scales
+
+    quantized = [name for name in cuts if _is_linear(name)]
+    for name in quantized:
+        shape = cuts[name].shape
+        cuts[name] = Spec(FLOAT8, shape)
+        cuts[name + SCALES] = Spec(torch.float32, tuple(-(-size // BLOCK) for size in shape))
+    fp8_names = {*quantized, *(name + SCALES for name in quantized)}
+    write_shards(directory, cuts, lambda name: [coded(name) if name in fp8_names else cut(name)], max_shard_bytes)
+
+
+def _is_linear(name: str) -> bool:
+    """Whether a published tensor is the weight of a linear layer or of an expert: every published name says so."""
+    return "_proj" in name and name.endswith(".weight")
 
 
 def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
@@ -152,7 +187,7 @@ class PublishedCheckpoint:
         """A tensor without a place is a part of an architecture that only looks like one of ours."""
         known = {part.name for entry in self._entries.values() for part in entry.parts}
         known |= {copy for copy, _ in deepseek.shared_copies(self.config)}
-        known |= {f"{name}_scale_inv" for name in known}
+        known |= {name + SCALES for name in known}
         if self.config.tie_embeddings:
             known.add("lm_head.weight")
         unread = [n for n in self._weights.specs if n not in known and not n.endswith("rotary_emb.inv_freq")]

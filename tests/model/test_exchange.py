@@ -210,6 +210,32 @@ def test_the_released_form_of_v3_config_and_fp8_weights_is_read(tmp_path):
     torch.testing.assert_close(read, model.blocks[0].attention.out.weight, rtol=0.08, atol=0.01)
 
 
+@pytest.mark.parametrize("name", ["v3_1", "v2_0", "llama_0"])
+def test_an_export_in_fp8_has_the_released_form_and_is_read_back(name, tmp_path):
+    config = CASES[name].replace(d_model=160)
+    model = build(config)
+    export_hf(model, tmp_path, fp8=True)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"] == {
+        **{"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    }
+    tensors = load_file(tmp_path / "model.safetensors")
+    coded = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert {name for name in tensors if "_proj" in name and "scale_inv" not in name} == coded
+    for name in coded:
+        scale = tensors[f"{name}_scale_inv"]
+        assert scale.dtype == torch.float32
+        assert list(scale.shape) == [-(-size // 128) for size in tensors[name].shape]
+        assert tensors[name].float().abs().amax() == 448
+    assert not [name for name in coded if "embed" in name or "norm" in name or ".gate." in name or "head" in name]
+
+    back = import_hf(tmp_path).state_dict()
+    for name, exact in model.state_dict().items():
+        if back[name].dtype == torch.bfloat16:
+            assert 0.01 < (back[name].float() - exact).norm() / exact.norm() < 0.04, name
+        else:
+            assert torch.equal(back[name], exact), name
+
+
 def test_a_missing_tensor_and_a_missing_folder_say_so(tmp_path):
     model = build(CASES["llama_0"])
     export_hf(model, tmp_path)

@@ -124,6 +124,15 @@ def test_a_checkpoint_of_ours_comes_back_as_it_was_mtp_and_template_included(ban
     assert load_tokenizer(checkpoint.path).template == JINJA
 
 
+def test_an_export_in_fp8_is_checked_by_what_its_codes_stand_for(bandit_base, tmp_path):
+    out = Context.local(tmp_path / "export")
+    summary = export(ExportConfig(fp8=True), {"checkpoint": Artifact.local(bandit_base, "checkpoint")}, out)
+    assert 0 < summary["logits_moved_by_fp8"] < 0.5
+    assert summary["max_logits_difference"] < 1e-4
+    checkpoint = imported(tmp_path / "import", out.out)
+    assert load_config(checkpoint.path) == load_config(bandit_base)
+
+
 def test_our_template_is_for_a_tokenizer_with_deepseeks_marks_and_none_of_its_own(bandit_base, qwen, tmp_path):
     out = Context.local(tmp_path / "export")
     export(ExportConfig(), {"checkpoint": Artifact.local(bandit_base, "checkpoint")}, out)
