@@ -4,7 +4,7 @@ costs its area, not the machine.
     python -m benchmarks.kernels [dense grouped wgrad memory] [--out FOLDER]
 
 Anchors that are not installed are left out: DeepGEMM (built beside the project, on PYTHONPATH) and Liger. Prints time,
-speed and the ratio to every anchor, and writes results/AREA.json.
+speed and the ratio to every anchor, writes results/AREA.json, and draws a roofline of the products.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.kernels import memory, products
+from benchmarks.kernels import memory, products, roofline
 
 AREAS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {**products.AREAS, "memory": memory.memory}
 SECONDS = 240  # of an area, the kernels' compilation included
@@ -35,7 +35,9 @@ def main() -> int:
     if arguments.one:
         for area in arguments.areas:
             rows = list(AREAS[area]())
-            record.write(arguments.out / f"{area}.json", f"python -m benchmarks.kernels {area}", rows, arguments.commit)
+            path = arguments.out / f"{area}.json"
+            record.write(path, f"python -m benchmarks.kernels {area}", rows, arguments.commit)
+            roofline.plot(path)
         return 0
     failed = []
     for area in arguments.areas:

@@ -69,6 +69,7 @@ def parts(x: Rows, rows: slice) -> Rows:
 def against_bf16(case: Case, call: Callable[[], Any]) -> dict[str, Any]:
     """Ours beside the same product of the unquantised operands, which is another result."""
     other = Case(f"{case.name} against bf16", case.metric, case.work)
+    other.moved = case.moved
     other.candidates = [case.candidates[0]]
     other.add("bf16", call)
     return other.run()
@@ -85,6 +86,7 @@ def _dense(m: int, n: int, k: int) -> Iterator[dict[str, Any]]:
     rows, weight = by_rows(x), quantize.quantize_weight(w).forward
     y = torch.empty(m, n, dtype=BF16, device="cuda")
     case = Case(f"dense {m}x{n}x{k}", "TFLOP/s", 2.0 * m * n * k, rows_of(rows) @ blocks_of(weight).T, BF16_ERROR)
+    case.moved = m * k + n * k + 2.0 * m * n
     case.add("ours", lambda: hopper.gemm(rows, weight, BF16))
     if peer:
         case.add("deepgemm", lambda: peer.fp8_gemm_nt((rows.codes, rows.scales.T), weight, y), y)
@@ -120,6 +122,7 @@ def _grouped(name: str, rows_G: list[int], n: int, k: int) -> Iterator[dict[str,
     tail = slice(m - rows_G[last], m)
     exact = rows_of(parts(rows, tail)) @ blocks_of(Blocks(weight.codes[last], weight.scales[last])).T
     case = Case(f"grouped {name} {n}x{k}", "TFLOP/s", 2.0 * m * n * k, exact, BF16_ERROR, lambda y: y[tail])
+    case.moved = m * k + sum(map(bool, rows_G)) * n * k + 2.0 * m * n
     case.add("ours", lambda: hopper.grouped_gemm(rows, weight, expert, tiles, BF16))
     if peer:
         y, a = torch.empty(m, n, dtype=BF16, device="cuda"), (rows.codes, rows.scales.T)
@@ -140,6 +143,7 @@ def wgrad() -> Iterator[dict[str, Any]]:
 def _wgrad(n: int, k: int, m: int) -> dict[str, Any]:
     peer, y, x = deep_gemm(), by_columns(activations(m, n)), by_columns(activations(m, k))
     case = Case(f"wgrad {n}x{k}x{m}", "TFLOP/s", 2.0 * m * n * k, rows_of(y) @ rows_of(x).T, FP32_ERROR)
+    case.moved = m * k + m * n + 4.0 * n * k
     case.add("ours", lambda: hopper.wgrad(y, x, FP32))
     operands = y.codes, x.codes.T, y.scales.T, BY_ROWS, x.scales.T, BY_ROWS
     case.add("cublas_block", lambda: F.scaled_mm(*operands, output_dtype=FP32))
@@ -156,6 +160,7 @@ def _grouped_wgrad(g: int, each: int, n: int, k: int) -> dict[str, Any]:
     last, blocks = slice(m - each, m), slice((m - each) // BLOCK, m // BLOCK)
     exact = rows_of(Rows(y.codes[:, last], y.scales[blocks])) @ rows_of(Rows(x.codes[:, last], x.scales[blocks])).T
     case = Case(f"wgrad G{g} m{each} {n}x{k}", "TFLOP/s", 2.0 * m * n * k, exact, FP32_ERROR, lambda w: w[-1])
+    case.moved = m * k + m * n + 4.0 * g * n * k
     case.add("ours", lambda: hopper.grouped_wgrad(y, x, ends, FP32))
     if peer:
         a, b = (_group_by_group(y, each), y.scales.T), (_group_by_group(x, each), x.scales.T)

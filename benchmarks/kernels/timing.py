@@ -33,7 +33,8 @@ class Candidate:
 
 @dataclass
 class Case:
-    """Candidates for one job; the first is ours. `work` is its FLOPs or bytes, in units of 1e12 or 1e9 a second."""
+    """Candidates for one job; the first is ours. `work` is its FLOPs or bytes, of which `metric` counts 1e12 or 1e9 a
+    second; `moved` are the bytes of a product's operands and result, each once."""
 
     name: str
     metric: str
@@ -41,6 +42,7 @@ class Case:
     expected: Tensor | None = None
     tolerance: float = 0.0
     taken: Callable[[Any], Tensor] = lambda out: out
+    moved: float | None = None
     candidates: list[Candidate] = field(default_factory=list)
 
     def add(self, name: str, call: Callable[[], Any], into: Tensor | None = None, adds: bool = False) -> None:
@@ -61,6 +63,7 @@ class Case:
         row = {"case": self.name, "metric": self.metric, "ours": speeds[ours]}
         row |= {"anchors": {name: speeds[name] for name in anchors}, "us": 1e3 * ms[ours]}
         row |= {"error": errors[ours], "spread": max(times[ours]) / min(times[ours]) - 1}
+        row |= {"intensity": self.work / self.moved} if self.moved else {}
         print(line(row), flush=True)
         return row
 
