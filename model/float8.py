@@ -1,8 +1,9 @@
-"""Which layers train in float8, and their quantised weights.
+"""Which layers compute in float8, and their quantised weights.
 
 As in DeepSeek-V3 (section 3.3.1) all linear layers and experts do; embedding, head, router, norms and attention keep
 their precision, and so do weights, gradients and the optimiser's state. A model that is not training computes with the
-weights as they are.
+weights as they are, unless it should always compute in float8: W8A8, as V3 is served. Decoding, MLA's absorbed products
+belong to its attention and stay as they are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ class Float8:
     """The quantised weights of one module, made again after a weight has changed: once a step, however many
     micro-batches it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, always: bool) -> None:
+        self.always = always
         self._made: dict[int, tuple[tuple[int, int], fp8.Weight]] = {}  # by the weight
 
     def of(self, *weights: Tensor) -> tuple[fp8.Weight, ...]:
@@ -31,8 +33,13 @@ class Float8:
         return found[1]
 
 
-def use_float8(model: nn.Module) -> None:
-    """Have every linear layer and expert of `model` train in float8, but for the head.
+def in_float8(module: nn.Module) -> bool:
+    """Whether a module that can compute in float8 does so now."""
+    return module.float8 is not None and (module.training or module.float8.always)
+
+
+def use_float8(model: nn.Module, always: bool = False) -> None:
+    """Have every linear layer and expert of `model` train in float8, but for the head; `always`: and infer in it.
 
     Raises ConfigError if a width is no multiple of 16.
     """
@@ -46,4 +53,4 @@ def use_float8(model: nn.Module) -> None:
                     f"{name}.{part} is {list(weight.shape)}: precision fp8 wants both its widths to be multiples of "
                     f"{fp8.ALIGNMENT}; change the model's widths, or train in bf16"
                 )
-        module.float8 = Float8()
+        module.float8 = Float8(always)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 import kernels
 from kernels import fp8
 from model.checkpointing import plain
-from model.float8 import Float8
+from model.float8 import Float8, in_float8
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ (+ b); W [out, in]. Trains in float8 where `use_float8` says so."""
+    """y = x Wᵀ (+ b); W [out, in]. Float8 where `use_float8` says so."""
 
     float8: Float8 | None = None
 
@@ -23,7 +23,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.float8 is None or not self.training:
+        if not in_float8(self):
             return F.linear(x, self.weight, self.bias)
         y = fp8.linear(x, self.weight, *self.float8.of(self.weight))
         return y if self.bias is None else y + self.bias
@@ -55,7 +55,7 @@ class SwiGLU(nn.Module):
         self.down = Linear(width, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.float8 is None or not self.training:
+        if not in_float8(self):
             return self.down(self.recompute("swiglu", kernels.swiglu, self.gate_up(x)))
         weights = self.gate_up.weight, self.down.weight
         return fp8.swiglu_linear(x, *weights, self.float8.of(*weights))

@@ -15,7 +15,7 @@ from kernels import fp8
 from model.checkpointing import plain
 from model.config import ModelConfig
 from model.dropping import kept_rows
-from model.float8 import Float8
+from model.float8 import Float8, in_float8
 from model.layers import SwiGLU
 from model.router import Routing, build_router
 
@@ -49,12 +49,12 @@ class Experts(nn.Module):
 
     def order(self, indices_NK: Tensor, dtype: torch.dtype) -> kernels.Permutation:
         """How rows are laid out for the products that `forward` makes."""
-        if self.float8 is None or not self.training:
+        if not in_float8(self):
             return kernels.permutation(indices_NK, len(self.down), dtype)
         return kernels.layout(indices_NK, len(self.down), fp8.BLOCK)
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, order: kernels.Permutation) -> Tensor:
-        if self.float8 is not None and self.training:
+        if in_float8(self):
             weights = self.gate_up, self.down
             return fp8.experts(x_ND, gates_NK, *weights, self.float8.of(*weights), order)
         x_PD = kernels.permute(x_ND, order)
@@ -92,7 +92,8 @@ class MoE(nn.Module):
     def decode(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         """`forward` that drops nothing and keeps no balance, nor anything for a backward pass in inference mode."""
         gates_NK, indices_NK, _ = self.router(x_ND, tokens_N)
-        if torch.is_inference_mode_enabled() and kernels.compact(x_ND.device, x_ND.dtype):
+        plain = torch.is_inference_mode_enabled() and not in_float8(self.experts)
+        if plain and kernels.compact(x_ND.device, x_ND.dtype):
             y_ND = kernels.routed_experts(x_ND, gates_NK, indices_NK, self.experts.gate_up, self.experts.down)
         else:
             order = self.experts.order(indices_NK, x_ND.dtype)

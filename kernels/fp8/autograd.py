@@ -2,7 +2,8 @@
 
 What is kept for the backward pass is the input's codes, along the rows that the weight's gradient sums over: one byte a
 number, and no other precision. SwiGLU's input is kept as it is and its output made again (DeepSeek-V3, section 3.2.3).
-Nothing here waits for the device. Letters as in `kernels.fp8.reference`.
+Where no gradient is recorded nothing is kept (`keep`). Nothing here waits for the device. Letters as in
+`kernels.fp8.reference`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from kernels.grouped import Permutation
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, quantized: Weight, power_of_two: bool) -> Tensor:
-        rows, across = quantizer(x_MK.device).quantize(x_MK, power_of_two=power_of_two)
-        ctx.save_for_backward(*across)
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor, quantized: Weight, power_of_two: bool, keep: bool) -> Tensor:
+        rows, across = quantizer(x_MK.device).quantize(x_MK, across=keep, power_of_two=power_of_two)
+        ctx.save_for_backward(*(across or ()))
         ctx.quantized, ctx.power_of_two, ctx.dtype = quantized, power_of_two, weight_NK.dtype
         return products(x_MK.device).gemm(rows, quantized.forward, x_MK.dtype)
 
@@ -31,13 +32,13 @@ class _Linear(torch.autograd.Function):
         device, x = grad_MN.device, Rows(*ctx.saved_tensors)
         rows, across = quantizer(device).quantize(grad_MN, power_of_two=ctx.power_of_two)
         grad_MK = products(device).gemm(rows, ctx.quantized.backward, grad_MN.dtype)
-        return grad_MK, products(device).wgrad(across, x, ctx.dtype), None, None
+        return grad_MK, products(device).wgrad(across, x, ctx.dtype), None, None, None
 
 
 def linear(x: Tensor, weight_NK: Tensor, quantized: Weight, power_of_two: bool = False) -> Tensor:
     """x Wᵀ in x's dtype, [..., N]; `quantized` is the weight's `quantize_weight`, N and K multiples of 16."""
     _check_shapes(weight_NK, quantized)
-    y_MN = _Linear.apply(x.flatten(0, -2), weight_NK, quantized, power_of_two)
+    y_MN = _Linear.apply(x.flatten(0, -2), weight_NK, quantized, power_of_two, torch.is_grad_enabled())
     return y_MN.unflatten(0, x.shape[:-1])
 
 
@@ -72,14 +73,16 @@ class _SwiGLU(torch.autograd.Function):
         quantized: tuple[Weight, Weight],
         order: Order | None,
         power_of_two: bool,
+        keep: bool,
     ) -> Tensor:
         q, p, option = quantizer(x_ND.device), _Products(x_ND.device, order), {"power_of_two": power_of_two}
         gates_P = None if gates_NK is None or order is None else _to_rows(gates_NK, order)
-        rows, across = q.quantize(x_ND, p.source_P, **option)
+        rows, across = q.quantize(x_ND, p.source_P, across=keep, **option)
         gate_up_P2F = p.gemm(rows, quantized[0].forward, x_ND.dtype)
         rows, _ = q.swiglu_quantize(gate_up_P2F, gates_P, across=False, **option)
         y_PD = p.gemm(rows, quantized[1].forward, x_ND.dtype)
-        ctx.save_for_backward(*across, gate_up_P2F, gates_P)
+        if across is not None:
+            ctx.save_for_backward(*across, gate_up_P2F, gates_P)
         ctx.quantized, ctx.order, ctx.option = quantized, order, option
         ctx.dtypes = gate_up.dtype, down.dtype
         return p.summed(y_PD, len(x_ND))
@@ -99,7 +102,7 @@ class _SwiGLU(torch.autograd.Function):
         grad_gates = None
         if grad_gates_P is not None:  # rows of padding may hold anything: they are not read
             grad_gates = grad_gates_P.index_select(0, ctx.order.row_R).view(len(grad_ND), -1)
-        return p.summed(grad_PD, len(grad_ND)), grad_gate_up, grad_down, grad_gates, None, None, None
+        return p.summed(grad_PD, len(grad_ND)), grad_gate_up, grad_down, grad_gates, None, None, None, None
 
 
 class _Products:
@@ -138,7 +141,8 @@ def swiglu_linear(
     """down(silu(gate) · up) in x's dtype, where gate_up's rows are [gate, up]."""
     for weight, form in zip((gate_up_2FD, down_DF), quantized, strict=True):
         _check_shapes(weight, form)
-    y_ND = _SwiGLU.apply(x.flatten(0, -2), gate_up_2FD, down_DF, None, quantized, None, power_of_two)
+    keep = torch.is_grad_enabled()
+    y_ND = _SwiGLU.apply(x.flatten(0, -2), gate_up_2FD, down_DF, None, quantized, None, power_of_two, keep)
     return y_ND.unflatten(0, x.shape[:-1])
 
 
@@ -154,7 +158,8 @@ def experts(
     """Σ_k gate_k · expert_k(x), [N, D] in x's dtype; `order` is `kernels.grouped.layout` in tiles of 128."""
     for weight, form in zip((gate_up_E2FD, down_EDF), quantized, strict=True):
         _check_shapes(weight, form)
-    return _SwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, gates_NK, quantized, Order.of(order), power_of_two)
+    rows, keep = Order.of(order), torch.is_grad_enabled()
+    return _SwiGLU.apply(x_ND, gate_up_E2FD, down_EDF, gates_NK, quantized, rows, power_of_two, keep)
 
 
 def _check_shapes(weight: Tensor, quantized: Weight) -> None:

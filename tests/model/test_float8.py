@@ -1,0 +1,53 @@
+"""Which layers compute in float8 and when; what the products are is `tests/kernels/test_fp8.py`'s."""
+
+import pytest
+import torch
+
+from kernels.fp8 import reference
+from model.config import ModelConfig
+from model.float8 import use_float8
+from model.generate import Generator
+from model.transformer import Transformer
+
+CONFIG = ModelConfig(
+    **{"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 96, "init_std": 0.1, "n_mtp": 1},
+    **{"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "max_position": 128},
+    **{"n_dense_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 32},
+)
+
+
+@pytest.fixture
+def model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(CONFIG).eval()
+
+
+@torch.no_grad()
+def test_a_model_that_only_trains_in_float8_infers_exactly(model):
+    tokens_BT = torch.randint(64, (2, 20))
+    exact_BTV = model(tokens_BT).logits_BTV
+    use_float8(model)
+    assert torch.equal(model(tokens_BT).logits_BTV, exact_BTV)
+    trained_BTV = model.train()(tokens_BT).logits_BTV
+    assert 0.001 < (trained_BTV - exact_BTV).norm() / exact_BTV.norm() < 0.2
+
+
+def test_a_served_model_quantises_its_weights_once_and_decodes_what_it_scores(model, monkeypatch):
+    made, quantize = [], reference.quantize_weight
+    monkeypatch.setattr(reference, "quantize_weight", lambda w: made.append(w.data_ptr()) or quantize(w))
+    monkeypatch.setattr(reference, "quantize_across", None)  # nothing is kept for a backward pass
+    prompts = [torch.randint(64, (length,)).tolist() for length in (3, 9, 6)]
+    exact = Generator(model).generate(prompts, 12, temperature=0)
+    use_float8(model, always=True)
+    replies = Generator(model).generate(prompts, 12, temperature=0)
+    drafted = Generator(model, speculate=True).generate(prompts, 12, temperature=0)
+    assert len(made) == len(set(made)) > 8
+    assert [reply.logprobs for reply in replies] != [reply.logprobs for reply in exact]
+    assert [reply.tokens for reply in drafted] == [reply.tokens for reply in replies]
+    for prompt, reply in zip(prompts, replies, strict=True):
+        # The forward pass quantises W_UK and W_UV, which decoding has absorbed as they are.
+        tokens_BT = torch.tensor([prompt + reply.tokens])
+        with torch.no_grad():
+            log_probs_BT = model(tokens_BT[:, :-1]).log_probs(tokens_BT[:, 1:])
+        scored = log_probs_BT[0, len(prompt) - 1 :]
+        torch.testing.assert_close(torch.tensor(reply.logprobs), scored, rtol=0, atol=0.1)
