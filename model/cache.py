@@ -16,10 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.fp8 import FLOAT8, FLOAT8_MAX
 from model.rope import Rotation
-
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = torch.finfo(FLOAT8).max  # 448
 
 
 class Step(NamedTuple):

@@ -3,17 +3,15 @@ gradients and each 128 × 128 of weights, sums in fp32. `reference` defines what
 
 from kernels.fp8.autograd import experts, linear, swiglu_linear
 from kernels.fp8.dispatch import quantizer
-from kernels.fp8.formats import ALIGNMENT, BLOCK, FLOAT8, Blocks, Rows, Weight
-from kernels.fp8.reference import blocks_of, quantize_blocks
+from kernels.fp8.formats import ALIGNMENT, BLOCK, FLOAT8, FLOAT8_MAX, Weight
+from kernels.fp8.reference import quantize_blocks
 
 __all__ = [
     "ALIGNMENT",
     "BLOCK",
     "FLOAT8",
-    "Blocks",
-    "Rows",
+    "FLOAT8_MAX",
     "Weight",
-    "blocks_of",
     "experts",
     "linear",
     "quantize_blocks",

@@ -1,4 +1,4 @@
-"""The one place that decides what multiplies and quantises float8 where."""
+"""The one place that decides what multiplies and quantises float8 where, by the device's capability."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from kernels.fp8 import reference
 
 def products(device: torch.device) -> ModuleType:
     """Gluon on Hopper, plain Triton where else float8 can be multiplied, torch on everything without."""
-    capability = _capability(device)
-    if capability == (9, 0):
+    if is_hopper(device):
         from kernels.fp8 import hopper
 
         return hopper
-    if capability >= (8, 9):
+    if _capability(device) >= (8, 9):
         from kernels.fp8 import portable
 
         return portable
@@ -24,12 +23,16 @@ def products(device: torch.device) -> ModuleType:
 
 
 def quantizer(device: torch.device) -> ModuleType:
-    """Triton where the hardware knows float8, torch elsewhere."""
+    """Triton where the hardware knows float8 (Gluon for a part of it on Hopper), torch elsewhere."""
     if _capability(device) < (8, 9):
         return reference
     from kernels.fp8 import quantize
 
     return quantize
+
+
+def is_hopper(device: torch.device) -> bool:
+    return _capability(device) == (9, 0)
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

@@ -176,32 +176,6 @@ def _multiply(
 
 
 @gluon.jit
-def _multiply_upper(
-    y_desc, y_buf, y_tail_buf, x_bufs, w_bufs, tail_bufs, s_bufs, t_buf, full, empty, turns,
-    w_scales_ptr, expert_ptr, count_ptr, M, N, K,
-    TAIL: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-    DEPTH: gl.constexpr,
-):  # fmt: skip
-    _multiply(
-        0, y_desc, y_buf, y_tail_buf, x_bufs, w_bufs, tail_bufs, s_bufs, t_buf, full, empty, turns,
-        w_scales_ptr, expert_ptr, count_ptr, M, N, K, TAIL, UNIT, STAGES, GROUP, GROUPED, DEPTH,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _multiply_lower(
-    y_desc, y_buf, y_tail_buf, x_bufs, w_bufs, tail_bufs, s_bufs, t_buf, full, empty, turns,
-    w_scales_ptr, expert_ptr, count_ptr, M, N, K,
-    TAIL: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-    DEPTH: gl.constexpr,
-):  # fmt: skip
-    _multiply(
-        1, y_desc, y_buf, y_tail_buf, x_bufs, w_bufs, tail_bufs, s_bufs, t_buf, full, empty, turns,
-        w_scales_ptr, expert_ptr, count_ptr, M, N, K, TAIL, UNIT, STAGES, GROUP, GROUPED, DEPTH,
-    )  # fmt: skip
-
-
-@gluon.jit
 def gemm(
     x_desc, w_desc, y_desc, s_desc, w_scales_ptr, expert_ptr, count_ptr, M, N, K,
     TAIL: gl.constexpr, UNIT: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
@@ -228,14 +202,16 @@ def gemm(
     for warpgroup in gl.static_range(2):
         mbarrier.init(turns.index(warpgroup), count=1)
     fence_async_shared()
+    UPPER: gl.constexpr = 0
+    LOWER: gl.constexpr = 1
     gl.warp_specialize([
-        (_multiply_upper, (
-            y_desc, y_bufs.index(0), y_tail_bufs.index(0), x_bufs, w_bufs, tail_bufs, s_bufs, t_upper, full, empty,
-            turns, w_scales_ptr, expert_ptr, count_ptr, M, N, K, TAIL, UNIT, STAGES, GROUP, GROUPED, DEPTH,
+        (_multiply, (
+            UPPER, y_desc, y_bufs.index(0), y_tail_bufs.index(0), x_bufs, w_bufs, tail_bufs, s_bufs, t_upper, full,
+            empty, turns, w_scales_ptr, expert_ptr, count_ptr, M, N, K, TAIL, UNIT, STAGES, GROUP, GROUPED, DEPTH,
         )),
-        (_multiply_lower, (
-            y_desc, y_bufs.index(1), y_tail_bufs.index(1), x_bufs, w_bufs, tail_bufs, s_bufs, t_lower, full, empty,
-            turns, w_scales_ptr, expert_ptr, count_ptr, M, N, K, TAIL, UNIT, STAGES, GROUP, GROUPED, DEPTH,
+        (_multiply, (
+            LOWER, y_desc, y_bufs.index(1), y_tail_bufs.index(1), x_bufs, w_bufs, tail_bufs, s_bufs, t_lower, full,
+            empty, turns, w_scales_ptr, expert_ptr, count_ptr, M, N, K, TAIL, UNIT, STAGES, GROUP, GROUPED, DEPTH,
         )),
         (_copy, (
             x_desc, w_desc, s_desc, x_bufs, w_bufs, tail_bufs, s_bufs, full, empty, expert_ptr, count_ptr, M, N, K,

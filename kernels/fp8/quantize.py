@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fp8.cast import e4m3, inverse_of, scale_of
+from kernels.fp8.dispatch import is_hopper
 from kernels.fp8.formats import ALIGNMENT, BLOCK, FLOAT8, Blocks, Rows, Weight
 from kernels.fused.swiglu import swiglu_backward
 
@@ -157,7 +158,7 @@ def _launch(
     halves = 2 if kind.value == SWIGLU_BACKWARD.value else 1
     down, blocks, stride = triton.cdiv(m, BLOCK), triton.cdiv(k, BLOCK), triton.cdiv(m, ALIGNMENT) * ALIGNMENT
     options = {"device": read.device}
-    most = max(read.numel(), k * halves * stride, 0 if gate_up is None else gate_up.numel())
+    most = max(k * halves * stride, *(t.stride(0) * len(t) for t in (x, gate_up) if t is not None))
     along_rows = across_rows = wide = grad_gates = None
     if rows:
         scales = torch.empty(blocks * halves, stride, **options)[:, :m]
@@ -168,7 +169,7 @@ def _launch(
     if halves == 2 and gates is not None:
         grad_gates = torch.empty(blocks, m, **options)
     kernel = _quantize
-    if across and _hopper(read):
+    if across and is_hopper(read.device):
         from kernels.fp8.quantize_gluon import quantize as kernel
 
     outputs = *(along_rows or (None, None)), wide, None if across_rows is None else across_rows.scales, grad_gates
@@ -187,7 +188,7 @@ def quantize_weight(weight: Tensor, power_of_two: bool = False) -> Weight:
     down, along = triton.cdiv(n, BLOCK), triton.cdiv(k, BLOCK)
     codes, scales = torch.empty_like(weight, dtype=FLOAT8), torch.empty(*experts, down, along, device=weight.device)
     grid = along, down, experts[0] if experts else 1
-    if not _hopper(weight):
+    if not is_hopper(weight.device):
         _quantize_weight[grid](weight, codes, scales, n, k, POWER_OF_TWO=power_of_two, num_warps=8)
         turned = codes.view(torch.uint8).mT.contiguous().view(FLOAT8)
         return Weight(Blocks(codes, scales), Blocks(turned, scales.mT.contiguous()))
@@ -197,7 +198,3 @@ def quantize_weight(weight: Tensor, power_of_two: bool = False) -> Weight:
     turned_scales = torch.empty(*experts, along, down, device=weight.device)
     kernel[grid](weight, codes, scales, turned, turned_scales, n, k, POWER_OF_TWO=power_of_two, num_warps=8)
     return Weight(Blocks(codes, scales), Blocks(turned, turned_scales))
-
-
-def _hopper(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)

@@ -89,26 +89,6 @@ def _multiply(
 
 
 @gluon.jit
-def _multiply_upper(
-    w_ptr, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-):  # fmt: skip
-    _multiply(
-        0, w_ptr, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups, STAGES, GROUP, GROUPED
-    )
-
-
-@gluon.jit
-def _multiply_lower(
-    w_ptr, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
-):  # fmt: skip
-    _multiply(
-        1, w_ptr, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups, STAGES, GROUP, GROUPED
-    )
-
-
-@gluon.jit
 def wgrad(
     y_desc, x_desc, ys_desc, xs_desc, w_ptr, ends_ptr, N, K, M, groups,
     STAGES: gl.constexpr, GROUP: gl.constexpr, GROUPED: gl.constexpr,
@@ -123,12 +103,16 @@ def wgrad(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     fence_async_shared()
+    UPPER: gl.constexpr = 0
+    LOWER: gl.constexpr = 1
     gl.warp_specialize([
-        (_multiply_upper, (
-            w_ptr, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups, STAGES, GROUP, GROUPED,
+        (_multiply, (
+            UPPER, w_ptr, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups,
+            STAGES, GROUP, GROUPED,
         )),
-        (_multiply_lower, (
-            w_ptr, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups, STAGES, GROUP, GROUPED,
+        (_multiply, (
+            LOWER, w_ptr, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups,
+            STAGES, GROUP, GROUPED,
         )),
         (_copy, (
             y_desc, x_desc, ys_desc, xs_desc, y_bufs, x_bufs, ys_bufs, xs_bufs, full, empty, ends_ptr, N, K, M, groups,

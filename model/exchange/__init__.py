@@ -23,7 +23,7 @@ from kernels.fp8 import BLOCK, FLOAT8, quantize_blocks
 from model.config import ModelConfig
 from model.exchange import deepseek, llama, qwen
 from model.exchange.layout import Part, Place
-from model.exchange.reader import PublishedWeights, read_config
+from model.exchange.reader import SCALES, PublishedWeights, read_config
 from model.exchange.shards import MAX_SHARD_BYTES, Read, Spec, Specs, specs_of, write_shards
 from model.transformer import Transformer
 
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-SCALES = "_scale_inv"
 FP8_CONFIG = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 _LAYOUTS: dict[str, ModuleType] = {
     "deepseek_v3": deepseek,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, InputError
+from kernels.fp8 import BLOCK, FLOAT8
 from model.exchange.shards import Shards, Spec
 
-FP8_BLOCK = 128  # DeepSeek-V3's weights: one fp32 scale per 128 x 128 block (section 3.3)
+SCALES = "_scale_inv"  # ends the name of an FP8 weight's scales, one for each 128 × 128
 
 
 class PublishedWeights(Shards):
@@ -21,21 +22,21 @@ class PublishedWeights(Shards):
 
     def spec(self, name: str) -> Spec:
         spec = super().spec(name)
-        return Spec(torch.bfloat16, spec.shape) if spec.dtype == torch.float8_e4m3fn else spec
+        return Spec(torch.bfloat16, spec.shape) if spec.dtype == FLOAT8 else spec
 
     def read(self, name: str) -> Tensor:
         tensor = super().read(name)
-        return self._scaled(name, tensor) if tensor.dtype == torch.float8_e4m3fn else tensor
+        return self._scaled(name, tensor) if tensor.dtype == FLOAT8 else tensor
 
     def _scaled(self, name: str, tensor: Tensor) -> Tensor:
         """fp32 products rounded to BF16, one band of blocks at a time."""
-        scales = super().read(f"{name}_scale_inv").float()
-        if tuple(scales.shape) != (blocks := tuple(-(-size // FP8_BLOCK) for size in tensor.shape)):
-            raise InputError(f"{name}_scale_inv is {list(scales.shape)}; blocks of {FP8_BLOCK} need {list(blocks)}")
+        scales = super().read(name + SCALES).float()
+        if tuple(scales.shape) != (blocks := tuple(-(-size // BLOCK) for size in tensor.shape)):
+            raise InputError(f"{name}{SCALES} is {list(scales.shape)}; blocks of {BLOCK} need {list(blocks)}")
         scaled = torch.empty(tensor.shape, dtype=torch.bfloat16)
-        for number, band in enumerate(tensor.split(FP8_BLOCK)):
-            columns = scales[number].repeat_interleave(FP8_BLOCK)[: tensor.shape[1]]
-            scaled[number * FP8_BLOCK :][: len(band)] = band.float() * columns
+        for number, band in enumerate(tensor.split(BLOCK)):
+            columns = scales[number].repeat_interleave(BLOCK)[: tensor.shape[1]]
+            scaled[number * BLOCK :][: len(band)] = band.float() * columns
         return scaled
 
 
@@ -49,10 +50,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{file} is no JSON: {error}") from None
     quantization: Mapping[str, Any] = published.get("quantization_config") or {"quant_method": "fp8"}
-    blocks = quantization.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
-    if quantization.get("quant_method") != "fp8" or blocks != [FP8_BLOCK, FP8_BLOCK]:
+    blocks = quantization.get("weight_block_size", [BLOCK, BLOCK])
+    if quantization.get("quant_method") != "fp8" or blocks != [BLOCK, BLOCK]:
         raise ConfigError(
-            f"{file}: quantization_config {dict(quantization)}; only fp8 in blocks of {FP8_BLOCK} x {FP8_BLOCK} is "
+            f"{file}: quantization_config {dict(quantization)}; only fp8 in blocks of {BLOCK} x {BLOCK} is "
             "implemented: publish the weights in bf16"
         )
     return published

@@ -153,16 +153,16 @@ def main():
         from kernels.fp8 import hopper
 
         modules.append(hopper)
-    hopper = quantize._hopper
-    for name, choose in (("as dispatched", hopper), ("plain Triton", lambda x: False)):
+    hopper = quantize.is_hopper
+    for name, choose in (("as dispatched", hopper), ("plain Triton", lambda device: False)):
         print(f"quantisation, {name}")
-        quantize._hopper = choose
+        quantize.is_hopper = choose
         for case in (quantization, gathers, swiglu):
             torch.manual_seed(0)
             case()
         if not CUDA:
             break
-    quantize._hopper = hopper
+    quantize.is_hopper = hopper
     for module in modules:
         torch.manual_seed(0)
         products(module)
