@@ -1,5 +1,8 @@
-"""Tokens a second of one training step on one GPU, at DeepSeek-V2-Lite's layer shapes: one dense layer and four with
-64 + 2 experts, 4 × 4096 tokens, against torchtitan and transformers in the same run.
+"""Tokens a second of one training step on one GPU, 4 × 4096 tokens, in bf16 and in fp8, at the layer shapes of
+
+- DeepSeek-V2-Lite: one dense layer and four with 64 + 2 experts, against torchtitan and transformers in the same run;
+- DeepSeek-V3: one dense layer and one with experts, 32 of its 256, an eighth as a rank of eight holds, with as many
+  rows each. A vocabulary of 4096 has the share in these two layers that V3's has in all of its 61.
 
     python benchmarks/training/step.py --titan DIR_OF_THE_UNPACKED_WHEEL [--profile]
 
@@ -32,11 +35,16 @@ from model.presets import preset
 BATCH, LENGTH = 4, 4096
 WARM_UP, STEPS = 5, 12
 MEASURED_BF16 = 785e12  # FLOP/s of an 8192³ product on one H100, random data
-CASES = ("ours", "ours_fp8", "torchtitan", "transformers_compiled", "transformers", "ours_again")
-
-
-def shapes() -> ModelConfig:
-    return preset("v2_lite").replace(n_layers=5, max_position=LENGTH, rope_factor=1.0, original_max_position=None)
+SHORT = {"max_position": LENGTH, "rope_factor": 1.0, "original_max_position": None}
+SHAPES = {
+    "v2_lite": preset("v2_lite").replace(n_layers=5, **SHORT),
+    "v3": preset("v3").replace(n_layers=2, n_dense_layers=1, n_routed_experts=32, n_mtp=0, vocab_size=4096, **SHORT),
+}
+LAYERS = {"v2_lite": "1+4 layers", "v3": "1+1 layers"}
+CASES = {
+    "v2_lite": ("ours", "ours_fp8", "torchtitan", "transformers_compiled", "transformers", "ours_again"),
+    "v3": ("ours", "ours_fp8", "ours_again"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class RandomTokens:
         return Batch(torch.randint(self.vocab_size, (BATCH, self.sequence_length + 1), generator=generator))
 
 
-def our_step(folder: str, precision: str) -> Any:
+def our_step(shapes: ModelConfig, folder: str, precision: str) -> Any:
     from stages.training.distributed import Ranks
     from stages.training.job import Optimization, TrainJob
     from stages.training.trainer import Trainer
@@ -69,24 +77,24 @@ def our_step(folder: str, precision: str) -> Any:
         micro_batch_size=BATCH,
         bias_update_speed=0.0,
     )
-    data = RandomTokens(LENGTH, shapes().vocab_size)
-    job = TrainJob(shapes(), options, data, steps=10**6, batch_size=BATCH, out=folder, scratch=folder)
+    data = RandomTokens(LENGTH, shapes.vocab_size)
+    job = TrainJob(shapes, options, data, steps=10**6, batch_size=BATCH, out=folder, scratch=folder)
     trainer = Trainer(job, Ranks(0, 1, torch.device("cuda")))
     return lambda: trainer.step()["loss"]
 
 
-def peer_step(name: str, titan: str) -> Any:
+def peer_step(shapes: ModelConfig, name: str, titan: str) -> Any:
     import peers
 
     torch.manual_seed(0)
     build = {
-        "torchtitan": lambda: peers.torchtitan(shapes(), titan),
-        "transformers": lambda: peers.transformers(shapes(), compiled=False),
-        "transformers_compiled": lambda: peers.transformers(shapes(), compiled=True),
+        "torchtitan": lambda: peers.torchtitan(shapes, titan),
+        "transformers": lambda: peers.transformers(shapes, compiled=False),
+        "transformers_compiled": lambda: peers.transformers(shapes, compiled=True),
     }
     parameters, loss_of = build[name]()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    batches, number = RandomTokens(LENGTH, shapes().vocab_size), itertools.count()
+    batches, number = RandomTokens(LENGTH, shapes.vocab_size), itertools.count()
 
     def step() -> float:
         loss = loss_of(batches.batch(next(number)).tokens_BT.to("cuda", non_blocking=True))
@@ -98,10 +106,11 @@ def peer_step(name: str, titan: str) -> Any:
     return step
 
 
-def measure(case: str, titan: str, profile: Path | None) -> dict[str, Any]:
+def measure(shapes: ModelConfig, case: str, titan: str, profile: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         precision = "fp8" if case == "ours_fp8" else "bf16"
-        step = our_step(folder, precision) if case.startswith("ours") else peer_step(case, titan)
+        ours = case.startswith("ours")
+        step = our_step(shapes, folder, precision) if ours else peer_step(shapes, case, titan)
         seconds = []
         for number in range(WARM_UP + STEPS):
             torch.cuda.synchronize()
@@ -113,14 +122,14 @@ def measure(case: str, titan: str, profile: Path | None) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
         timed, peak = seconds[WARM_UP:], torch.cuda.max_memory_allocated()
         if profile:
-            write_profile(step, 1e3 * statistics.median(timed), profile)
+            write_profile(step, 1e3 * statistics.median(timed), shapes, profile)
     return {
         "case": case,
         "tokens_per_second": BATCH * LENGTH / statistics.median(timed),
         "step_ms": 1e3 * statistics.median(timed),
         "slowest_ms": 1e3 * max(timed),
         "fastest_ms": 1e3 * min(timed),
-        "tflops": causal_flops_per_token(shapes()) * BATCH * LENGTH / statistics.median(timed) / 1e12,
+        "tflops": causal_flops_per_token(shapes) * BATCH * LENGTH / statistics.median(timed) / 1e12,
         "peak_gib": peak / 2**30,
         "loss": loss,
     }
@@ -143,7 +152,7 @@ PARTS = {
 }
 
 
-def write_profile(step: Any, step_ms: float, path: Path, steps: int = 4) -> None:
+def write_profile(step: Any, step_ms: float, shapes: ModelConfig, path: Path, steps: int = 4) -> None:
     """GPU time of a step by part, and of every kernel, longest first; what is left of the step the GPU was idle."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
@@ -159,14 +168,14 @@ def write_profile(step: Any, step_ms: float, path: Path, steps: int = 4) -> None
     parts["idle"] = max(0.0, step_ms - sum(parts.values()))
     kernels.sort(key=lambda row: -row["ms"])
     path.write_text(json.dumps({"step_ms": step_ms, "parts_ms": parts, "kernels": kernels}, indent=1) + "\n")
-    plot_parts(parts, step_ms, path.with_suffix(".png"))
+    plot_parts(parts, step_ms, shapes, path.with_suffix(".png"))
 
 
-def plot_parts(parts: dict[str, float], step_ms: float, path: Path) -> None:
+def plot_parts(parts: dict[str, float], step_ms: float, shapes: ModelConfig, path: Path) -> None:
     """Where a step's time goes, beside the time its products would take at the chip's measured bf16 rate."""
     from matplotlib.figure import Figure
 
-    ideal = 1e3 * BATCH * LENGTH * causal_flops_per_token(shapes()) / MEASURED_BF16
+    ideal = 1e3 * BATCH * LENGTH * causal_flops_per_token(shapes) / MEASURED_BF16
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(list(parts), list(parts.values()))
@@ -186,56 +195,67 @@ def causal_flops_per_token(config: ModelConfig) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--titan", default="titan", help="folder of the unpacked torchtitan 0.2.2 wheel")
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--cases", nargs="+", default=list(CASES["v2_lite"]), choices=CASES["v2_lite"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--profile", action="store_true", help="also write train_profile.json")
+    parser.add_argument("--profile", action="store_true", help="also write train_profile*.json, of ours")
     parser.add_argument("--commit", help="of the tree, where it is no checkout")
-    parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        profiled = {"ours": "train_profile.json", "ours_fp8": "train_profile_fp8.json"}.get(arguments.one)
-        profile = arguments.out / profiled if arguments.profile and profiled else None
-        print(json.dumps(measure(arguments.one, arguments.titan, profile)))
-        return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, Any]] = {}
-    for case in arguments.cases:
-        command = [sys.executable, __file__, "--one", case, "--titan", arguments.titan, "--out", str(arguments.out)]
-        done = subprocess.run(
-            [*command, *(["--profile"] if arguments.profile else [])], stdout=subprocess.PIPE, text=True
-        )
-        if done.returncode:
-            print(f"{case} failed", file=sys.stderr)
-            continue
-        found[case] = json.loads(done.stdout.splitlines()[-1])
-        print({key: round(v, 2) if isinstance(v, float) else v for key, v in found[case].items()}, file=sys.stderr)
-    if "ours" in found:
-        write_result(found, arguments.out / "train_step.json", arguments.commit)
-
-
-def write_result(found: dict[str, dict[str, Any]], path: Path, commit: str | None) -> None:
-    peers_found = {name: row for name, row in found.items() if not name.startswith("ours")}
-    # The slower of our two runs: the first and the last of the session.
-    ours = min(
-        (row for name, row in found.items() if name.startswith("ours")), key=lambda row: row["tokens_per_second"]
-    )
-    case = "train_step v2_lite 1+4 layers, 4x4096 tokens"
-    rows = [
-        {
-            "case": case,
-            "metric": "tokens_per_second",
-            "ours": ours["tokens_per_second"],
-            "anchors": {name: row["tokens_per_second"] for name, row in peers_found.items()},
-        },
-        {
-            "case": case,
-            "metric": "1 / peak GiB",
-            "ours": 1 / ours["peak_gib"],
-            "anchors": {name: 1 / row["peak_gib"] for name, row in peers_found.items()},
-        },
-    ]
+    if arguments.one:
+        (name,), (case,) = arguments.shapes, arguments.cases
+        profile = None
+        if arguments.profile and case in ("ours", "ours_fp8"):
+            profile = arguments.out / f"train_profile_{name}{case.removeprefix('ours')}.json"
+        print(json.dumps(measure(SHAPES[name], case, arguments.titan, profile)))
+        return
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in arguments.shapes}
+    for name in found:
+        for case in (case for case in CASES[name] if case in arguments.cases):
+            command = [sys.executable, __file__, "--one", "--shapes", name, "--cases", case]
+            command += ["--titan", arguments.titan, "--out", str(arguments.out)]
+            command += ["--profile"] if arguments.profile else []
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                print(f"{name} {case} failed", file=sys.stderr)
+                continue
+            row = found[name][case] = {"shapes": name, **json.loads(done.stdout.splitlines()[-1])}
+            print({key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}, file=sys.stderr)
+    rows = [row for name, cases in found.items() for row in rows_of(name, cases)]
+    runs = [row for cases in found.values() for row in cases.values()]
     command = "python benchmarks/training/step.py --titan DIR --profile"
-    record.write(path, command, rows, commit, runs=list(found.values()))
+    record.write(arguments.out / "train_step.json", command, rows, arguments.commit, runs=runs)
+
+
+def rows_of(name: str, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Speed and memory of ours in bf16 against the peers, and of ours in fp8 against these and our bf16."""
+    bf16 = [row for case, row in found.items() if case in ("ours", "ours_again")]
+    peers_found = {case: row for case, row in found.items() if not case.startswith("ours")}
+    rows = []
+    for label, ours, anchors in (
+        ("", bf16, peers_found),
+        (" fp8", [found[case] for case in ("ours_fp8",) if case in found], {"bf16": slower(bf16), **peers_found}),
+    ):
+        for metric, value in (
+            ("tokens_per_second", lambda row: row["tokens_per_second"]),
+            ("1 / peak GiB", lambda row: 1 / row["peak_gib"]),
+        ):
+            if ours:
+                rows.append(
+                    {
+                        "case": f"train_step{label} {name} {LAYERS[name]}, {BATCH}x{LENGTH} tokens",
+                        "metric": metric,
+                        "ours": value(slower(ours)),
+                        "anchors": {case: value(row) for case, row in anchors.items() if row},
+                    }
+                )
+    return rows
+
+
+def slower(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of our first and our last run."""
+    return min(runs, key=lambda row: row["tokens_per_second"], default=None)
 
 
 if __name__ == "__main__":

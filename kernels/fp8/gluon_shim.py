@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 _RENAMED = gl.constexpr(hasattr(tma, "async_load"))
 load = tma.async_load if _RENAMED else tma.async_copy_global_to_shared
+copy = async_copy.async_load if _RENAMED else async_copy.async_copy_global_to_shared
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 store = tma.async_store if _RENAMED else tma.async_copy_shared_to_global
 
 

@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.fp8 import gemm_gluon, wgrad_gluon
 from kernels.fp8.formats import BLOCK, Blocks, Rows
+from kernels.fused.launch import processors
 
 # Width of a tile, copies in flight (what fits into shared memory), and how fast it is multiplied beside the widest.
 TILES = ((256, 3, 1.0), (192, 4, 0.93), (128, 5, 0.89))
@@ -36,11 +37,11 @@ def _gemm(x: Rows, weight: Blocks, y: Tensor, expert_T: Tensor | None, tiles: Te
     (m, n), k = y.shape, x.codes.shape[1]
     if not m:
         return y
-    processors = _processors(y.device)
-    width, stages = _tile(m, n, processors)
+    programs = processors(y.device)
+    width, stages = _tile(m, n, programs)
     unit = 64 if width == 192 else 128
     rows, columns = triton.cdiv(m, BLOCK), triton.cdiv(n, width)
-    gemm_gluon.gemm[(min(rows * columns, processors),)](
+    gemm_gluon.gemm[(min(rows * columns, programs),)](
         _described(x.codes, 64, 128),
         _described(weight.codes.flatten(0, -2), unit, 128),
         _described(y, 64, unit),
@@ -63,12 +64,12 @@ def _gemm(x: Rows, weight: Blocks, y: Tensor, expert_T: Tensor | None, tiles: Te
 
 
 @cache
-def _tile(m: int, n: int, processors: int) -> tuple[int, int]:
+def _tile(m: int, n: int, programs: int) -> tuple[int, int]:
     """Width and stages of the tile that finishes first: whole waves of tiles over the processors."""
 
     def cost(tile: tuple[int, int, float]) -> float:
         width, _, speed = tile
-        return triton.cdiv(triton.cdiv(m, BLOCK) * triton.cdiv(n, width), processors) * width / speed
+        return triton.cdiv(triton.cdiv(m, BLOCK) * triton.cdiv(n, width), programs) * width / speed
 
     width, stages, _ = min(TILES, key=cost)
     return width, stages
@@ -88,7 +89,7 @@ def grouped_wgrad(y: Rows, x: Rows, ends_E: Tensor, dtype: torch.dtype) -> Tenso
 def _wgrad(y: Rows, x: Rows, w: Tensor, ends_E: Tensor | None) -> Tensor:
     groups, n, k = w.shape
     tiles = triton.cdiv(n, BLOCK) * triton.cdiv(k, BLOCK) * groups
-    wgrad_gluon.wgrad[(min(tiles, _processors(w.device)),)](
+    wgrad_gluon.wgrad[(min(tiles, processors(w.device)),)](
         _described(y.codes, 64, 128),
         _described(x.codes, 128, 128),
         _described(y.scales, 1, 64),
@@ -115,8 +116,3 @@ def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 @cache
 def _layout(bits: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=0 if bits == 32 else 128, element_bitwidth=bits, rank=2)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

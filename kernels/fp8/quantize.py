@@ -18,6 +18,7 @@ from kernels.fused.swiglu import swiglu_backward
 
 # Rows of a tile and warps. Codes along rows alone need no more than whole rows of 128.
 ALONG, ACROSS = {"R": 32, "num_warps": 4}, {"R": 128, "num_warps": 8}
+REGISTERS = 128  # of a thread on Hopper: two programs of 8 warps share a processor
 
 COPY, SWIGLU, SWIGLU_BACKWARD = (tl.constexpr(kind) for kind in range(3))
 
@@ -157,26 +158,33 @@ def _launch(
     tile = ACROSS if across else ALONG
     halves = 2 if kind.value == SWIGLU_BACKWARD.value else 1
     down, blocks, stride = triton.cdiv(m, BLOCK), triton.cdiv(k, BLOCK), triton.cdiv(m, ALIGNMENT) * ALIGNMENT
-    options = {"device": read.device}
+    there = {"device": read.device}
     most = max(k * halves * stride, *(t.stride(0) * len(t) for t in (x, gate_up) if t is not None))
     along_rows = across_rows = wide = grad_gates = None
     if rows:
-        scales = torch.empty(blocks * halves, stride, **options)[:, :m]
-        along_rows = Rows(torch.empty(m, k * halves, dtype=FLOAT8, **options), scales)
+        scales = torch.empty(blocks * halves, stride, **there)[:, :m]
+        along_rows = Rows(torch.empty(m, k * halves, dtype=FLOAT8, **there), scales)
     if across:
-        wide = torch.empty(k * halves, stride, dtype=FLOAT8, **options)
-        across_rows = Rows(wide[:, :m], torch.empty(down, k * halves, **options))
+        wide = torch.empty(k * halves, stride, dtype=FLOAT8, **there)
+        across_rows = Rows(wide[:, :m], torch.empty(down, k * halves, **there))
     if halves == 2 and gates is not None:
-        grad_gates = torch.empty(blocks, m, **options)
-    kernel = _quantize
-    if across and is_hopper(read.device):
-        from kernels.fp8.quantize_gluon import quantize as kernel
-
+        grad_gates = torch.empty(blocks, m, **there)
     outputs = *(along_rows or (None, None)), wide, None if across_rows is None else across_rows.scales, grad_gates
-    kernel[(blocks * halves, triton.cdiv(m, tile["R"]))](
+    options = {"INDEX": tl.int64 if most >= 2**31 else tl.int32, "GATED": gates is not None}
+    options |= {"POWER_OF_TWO": power_of_two, **tile}
+    kernel, grid = _quantize, (blocks * halves, triton.cdiv(m, tile["R"]))
+    if across and is_hopper(read.device):
+        from kernels.fp8 import quantize_gluon
+
+        kernel, options["maxnreg"] = quantize_gluon.quantize, REGISTERS
+        if halves == 2:
+            quantize_gluon.swiglu_backward_quantize[blocks, grid[1]](
+                x, gate_up, gates, *outputs, m, k, stride, **options
+            )
+            return along_rows, across_rows, grad_gates
+    kernel[grid](
         x, gate_up, gates, source, *outputs, m, k, 0 if x is None else x.stride(0), stride,
-        INDEX=tl.int64 if most >= 2**31 else tl.int32, KIND=kind, GATHER=source is not None, GATED=gates is not None,
-        ALONG=rows, ACROSS=across, POWER_OF_TWO=power_of_two, **tile,
+        KIND=kind, GATHER=source is not None, ALONG=rows, ACROSS=across, **options,
     )  # fmt: skip
     return along_rows, across_rows, grad_gates
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,10 @@ def rows_per_program(width: int) -> int:
     return max(1, min(32, TILE // width))
 
 
-def programs(device: torch.device, waves: int) -> int:
-    """How many programs fill the device `waves` deep: for kernels whose programs loop over rows."""
-    return waves * (torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2)
+@cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once if each fills a processor: for those that loop over rows or tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def as_rows(x: Tensor) -> Tensor:

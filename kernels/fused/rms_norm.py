@@ -7,9 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.launch import as_rows, programs, rows_per_program
-
-BACKWARD_WAVES = 4
+from kernels.fused.launch import as_rows, processors, rows_per_program
 
 
 @triton.jit
@@ -27,25 +25,36 @@ def _rms_norm(x_ptr, weight_ptr, y_ptr, rstd_ptr, n, d, eps, R: tl.constexpr, D:
 
 
 @triton.jit
+def _rows_of_backward(grad_ptr, x_ptr, rstd_ptr, rows, columns, n, d):
+    inside = (rows[:, None] < n) & (columns[None, :] < d)
+    offsets = rows[:, None].to(tl.int64) * d + columns[None, :]
+    grad_RD = tl.load(grad_ptr + offsets, mask=inside, other=0.0)
+    x_RD = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+    return grad_RD, x_RD, tl.load(rstd_ptr + rows, mask=rows < n, other=0.0)
+
+
+@triton.jit
 def _rms_norm_backward(
     grad_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr, n, d, tiles, R: tl.constexpr, D: tl.constexpr
 ):
+    """A program a processor, whose registers hold the gain and its gradient; the next tile is on its way meanwhile."""
     columns = tl.arange(0, D)
     weight_D = tl.load(weight_ptr + columns, mask=columns < d, other=0.0).to(tl.float32)
     grad_weight_D = tl.zeros((D,), tl.float32)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        rows = tile * R + tl.arange(0, R)
-        inside = (rows[:, None] < n) & (columns[None, :] < d)
-        offsets = rows[:, None].to(tl.int64) * d + columns[None, :]
-        grad_RD = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        x_RD = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        rstd_R = tl.load(rstd_ptr + rows, mask=rows < n, other=0.0)
+    rows, step = tl.program_id(0) * R + tl.arange(0, R), tl.num_programs(0) * R
+    next_grad_RD, next_x_RD, next_rstd_R = _rows_of_backward(grad_ptr, x_ptr, rstd_ptr, rows, columns, n, d)
+    for _ in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        grad_RD, x_RD, rstd_R = next_grad_RD.to(tl.float32), next_x_RD.to(tl.float32), next_rstd_R
+        next_grad_RD, next_x_RD, next_rstd_R = _rows_of_backward(grad_ptr, x_ptr, rstd_ptr, rows + step, columns, n, d)
         normal_RD = x_RD * rstd_R[:, None]
         grad_weight_D += tl.sum(grad_RD * normal_RD, axis=0)
         grad_RD = grad_RD * weight_D[None, :]
         mean_R = tl.sum(grad_RD * normal_RD, axis=1) / d
         grad_x_RD = (grad_RD - normal_RD * mean_R[:, None]) * rstd_R[:, None]
+        inside = (rows[:, None] < n) & (columns[None, :] < d)
+        offsets = rows[:, None].to(tl.int64) * d + columns[None, :]
         tl.store(grad_x_ptr + offsets, grad_x_RD.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        rows += step
     tl.store(partial_ptr + tl.program_id(0) * d + columns, grad_weight_D, mask=columns < d)
 
 
@@ -66,9 +75,9 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -
     grad_ND, x_ND = as_rows(grad), as_rows(x)
     n, d = x_ND.shape
     width = triton.next_power_of_2(d)
-    rows = max(1, rows_per_program(width) // 2)
+    rows = rows_per_program(width)
     tiles = triton.cdiv(n, rows)
-    grid = max(1, min(tiles, programs(x.device, BACKWARD_WAVES)))
+    grid = max(1, min(tiles, processors(x.device)))
     grad_x_ND = torch.empty_like(x_ND)
     partial_GD = torch.empty(grid, d, dtype=torch.float32, device=x.device)
     _rms_norm_backward[(grid,)](

@@ -33,14 +33,14 @@ def described(dtype: str, rows: int, columns: int) -> str:
 class Compiled:
     """A kernel's machine code: how often instructions occur, what it needs."""
 
-    def __init__(self, kernel, types: dict[str, str], constants: dict, warps: int) -> None:
+    def __init__(self, kernel, types: dict[str, str], constants: dict, **options: int) -> None:
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
         # As the launcher specialises them: pointers and sizes are multiples of 16 at real shapes.
         aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name][0] in "*i"}
         known = {(at,): constants[name] for at, name in enumerate(names) if name in constants}
         source = GluonASTSource(fn=kernel, signature=signature, constexprs=known, attrs=aligned)
-        made = triton.compile(source, target=TARGET, options={"num_warps": warps})
+        made = triton.compile(source, target=TARGET, options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
             file.flush()
@@ -53,8 +53,8 @@ class Compiled:
     def count(self, instruction: str) -> int:
         return len(re.findall(rf"\b{instruction}\b", self.code))
 
-    def check(self) -> None:
-        assert (self.stack, self.count("LDL"), self.count("STL")) == (0, 0, 0), "registers are spilled"
+    def check(self, spilled: int = 0) -> None:
+        assert self.stack <= spilled, "registers are spilled"
         assert self.shared <= SHARED_MEMORY
 
 
@@ -70,7 +70,7 @@ def test_the_product_multiplies_in_float8_and_waits_once_a_product(width: int, s
         **{"w_scales_ptr": "*fp32", "expert_ptr": "*i32", "count_ptr": "*i32"},
     }
     constants = {"TAIL": width - 128, "UNIT": unit, "STAGES": stages, "GROUP": 16, "GROUPED": grouped, "DEPTH": 128}
-    made = Compiled(gemm_gluon.gemm, types, constants, 4)
+    made = Compiled(gemm_gluon.gemm, types, constants, num_warps=4)
     made.check()
     products = 2 * (1 if width == 128 else 2)  # of two warpgroups
     assert made.count("QGMMA") == 4 * products, "a product of 128 is four instructions"
@@ -87,24 +87,36 @@ def test_the_product_for_weight_gradients_too(dtype: str, grouped: bool):
         "xs_desc": described("fp32", 1, 128),
         **{"w_ptr": f"*{dtype}", "ends_ptr": "*i32"},
     }
-    made = Compiled(wgrad_gluon.wgrad, types, {"STAGES": WGRAD_STAGES, "GROUP": 8, "GROUPED": grouped}, 4)
+    made = Compiled(wgrad_gluon.wgrad, types, {"STAGES": WGRAD_STAGES, "GROUP": 8, "GROUPED": grouped}, num_warps=4)
     made.check()
     assert made.count("QGMMA") == 8
     assert made.count(r"WARPGROUP\.DEPBAR\.LE") == 2
 
 
-@pytest.mark.parametrize("kind", [quantize.COPY, quantize.SWIGLU, quantize.SWIGLU_BACKWARD])
-def test_quantisation_writes_whole_words_and_transposes_nothing(kind):
+def test_quantisation_writes_whole_words_and_transposes_nothing():
+    for kind in (quantize.COPY, quantize.SWIGLU):
+        made = quantising(
+            quantize_gluon.quantize,
+            {"KIND": kind.value, "GATHER": kind.value == 0, "GATED": kind.value > 0, "ALONG": True, "ACROSS": True},
+        )
+        made.check()
+        assert made.count("LDS") < 16, "codes go through shared memory"
+
+
+def test_the_gradient_of_swiglu_is_quantised_by_two_programs_a_processor():
+    made = quantising(quantize_gluon.swiglu_backward_quantize, {"GATED": True})
+    made.check(spilled=256)  # 0 with Triton 3.6; twice the programs pay for it
+    assert made.shared <= SHARED_MEMORY // 2
+
+
+def quantising(kernel, constants: dict) -> Compiled:
     types = {
         **{"x_ptr": "*bf16", "gate_up_ptr": "*bf16", "gates_ptr": "*fp32", "source_ptr": "*i32"},
         **{"codes_ptr": "*fp8e4nv", "scales_ptr": "*fp32", "across_ptr": "*fp8e4nv"},
         **{"across_scales_ptr": "*fp32", "grad_gates_ptr": "*fp32"},
     }
-    constants = {
-        **{"INDEX": gl.int32, "KIND": kind.value, "GATHER": kind.value == 0, "GATED": kind.value > 0},
-        **{"ALONG": True, "ACROSS": True, "POWER_OF_TWO": False, "R": 128},
-    }
-    made = Compiled(quantize_gluon.quantize, types, constants, quantize.ACROSS["num_warps"])
-    made.check()
+    constants |= {"INDEX": gl.int32, "POWER_OF_TWO": False, "R": quantize.ACROSS["R"]}
+    options = {"num_warps": quantize.ACROSS["num_warps"], "maxnreg": quantize.REGISTERS}
+    made = Compiled(kernel, types, constants, **options)
     assert made.count(r"STG\.E\.128") >= 4, "a thread's codes of a column are one store"
-    assert made.count("LDS") < 16, "codes go through shared memory"
+    return made
