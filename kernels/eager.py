@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NO_TARGET = -1  # as a row's target: the row counts nothing
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normalised rows in x's dtype, and the reciprocal root mean square of each, fp32 [..., 1]."""
@@ -83,12 +85,16 @@ def gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:
 
 
 def cross_entropy_gradient(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
-    """−log softmax(logits)[target] of each row, fp32, and its gradient in the logits, in their dtype. Uses them up."""
-    logits32_nV = logits_nV.float()
+    """−log softmax(logits)[target] of each row, fp32, and its gradient in the logits, in their dtype. Uses them up.
+    Both are 0 where the target is NO_TARGET."""
+    logits32_nV, targets_n1 = logits_nV.float(), targets_n.clamp_min(0)[:, None]
     logsumexp_n1 = logits32_nV.logsumexp(-1, keepdim=True)
-    loss_n = (logsumexp_n1 - logits32_nV.gather(1, targets_n[:, None])).squeeze(1)
+    loss_n = (logsumexp_n1 - logits32_nV.gather(1, targets_n1)).squeeze(1)
     grad_nV = logits32_nV.sub_(logsumexp_n1).exp_()
-    grad_nV.scatter_add_(1, targets_n[:, None], grad_nV.new_full((len(targets_n), 1), -1.0))
+    grad_nV.scatter_add_(1, targets_n1, torch.full_like(logsumexp_n1, -1.0))
+    none_n = targets_n == NO_TARGET
+    if none_n.any():
+        loss_n, grad_nV = loss_n.masked_fill(none_n, 0.0), grad_nV.masked_fill_(none_n[:, None], 0.0)
     return loss_n, grad_nV.to(logits_nV.dtype)
 
 

@@ -103,5 +103,6 @@ def linear_log_probs(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, tempera
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """−Σ over rows of log softmax(x @ Wᵀ)[target], fp32 scalar. Gradients, where they are wanted, are made at once."""
+    """−Σ over rows of log softmax(x @ Wᵀ)[target], fp32 scalar; a row whose target is NO_TARGET counts nothing.
+    Gradients, where they are wanted, are made at once."""
     return _LinearCrossEntropy.apply(x_ND, weight_VD.to(x_ND.dtype), targets_N)

@@ -8,6 +8,8 @@ belong to its attention and stay as they are.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from infra.errors import ConfigError
@@ -15,22 +17,34 @@ from kernels import fp8
 
 
 class Float8:
-    """The quantised weights of one module, made again after a weight has changed: once a step, however many
-    micro-batches it has."""
+    """The quantised weights of one module, made again, in the same memory, after a weight has changed: once a step,
+    however many micro-batches it has."""
 
     def __init__(self, always: bool) -> None:
         self.always = always
-        self._made: dict[int, tuple[tuple[int, int], fp8.Weight]] = {}  # by the weight
+        self._made: dict[int, _Made] = {}  # by the weight
 
     def of(self, *weights: Tensor) -> tuple[fp8.Weight, ...]:
         return tuple(map(self._of, weights))
 
+    def refresh(self) -> None:
+        """Quantise again what has been asked for before and has changed."""
+        self.of(*(made.weight for made in self._made.values()))
+
     def _of(self, weight: Tensor) -> fp8.Weight:
         state = weight.data_ptr(), weight._version
-        found = self._made.get(id(weight))
-        if found is None or found[0] != state:
-            found = self._made[id(weight)] = state, fp8.quantizer(weight.device).quantize_weight(weight.detach())
-        return found[1]
+        made = self._made.get(id(weight))
+        if made is None or made.state != state:
+            quantize = fp8.quantizer(weight.device).quantize_weight
+            quantized = quantize(weight.detach(), into=None if made is None else made.quantized)
+            made = self._made[id(weight)] = _Made(weight, state, quantized)
+        return made.quantized
+
+
+class _Made(NamedTuple):
+    weight: Tensor
+    state: tuple[int, int]
+    quantized: fp8.Weight
 
 
 def in_float8(module: nn.Module) -> bool:
@@ -54,3 +68,10 @@ def use_float8(model: nn.Module, always: bool = False) -> None:
                     f"{fp8.ALIGNMENT}; change the model's widths, or train in bf16"
                 )
         module.float8 = Float8(always)
+
+
+def refresh(model: nn.Module) -> None:
+    """`Float8.refresh` of the whole model: a pass that is replayed as a CUDA graph asks for no weight itself."""
+    for module in model.modules():
+        if isinstance(getattr(module, "float8", None), Float8):
+            module.float8.refresh()

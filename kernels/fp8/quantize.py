@@ -189,20 +189,27 @@ def _launch(
     return along_rows, across_rows, grad_gates
 
 
-def quantize_weight(weight: Tensor, power_of_two: bool = False) -> Weight:
+def quantize_weight(weight: Tensor, power_of_two: bool = False, into: Weight | None = None) -> Weight:
     """`reference.quantize_weight`, the weight read once."""
     *experts, n, k = weight.shape
     weight = weight.contiguous()
     down, along = triton.cdiv(n, BLOCK), triton.cdiv(k, BLOCK)
-    codes, scales = torch.empty_like(weight, dtype=FLOAT8), torch.empty(*experts, down, along, device=weight.device)
+    made = into or Weight(_blocks(weight, experts, n, k), _blocks(weight, experts, k, n))
+    (codes, scales), (turned, turned_scales) = made
     grid = along, down, experts[0] if experts else 1
-    if not is_hopper(weight.device):
-        _quantize_weight[grid](weight, codes, scales, n, k, POWER_OF_TWO=power_of_two, num_warps=8)
-        turned = codes.view(torch.uint8).mT.contiguous().view(FLOAT8)
-        return Weight(Blocks(codes, scales), Blocks(turned, scales.mT.contiguous()))
-    from kernels.fp8.quantize_gluon import quantize_weight as kernel
+    if is_hopper(weight.device):
+        from kernels.fp8 import quantize_gluon
 
-    turned = torch.empty(*experts, k, n, dtype=FLOAT8, device=weight.device)
-    turned_scales = torch.empty(*experts, along, down, device=weight.device)
-    kernel[grid](weight, codes, scales, turned, turned_scales, n, k, POWER_OF_TWO=power_of_two, num_warps=8)
-    return Weight(Blocks(codes, scales), Blocks(turned, turned_scales))
+        outputs = codes, scales, turned, turned_scales
+        quantize_gluon.quantize_weight[grid](weight, *outputs, n, k, POWER_OF_TWO=power_of_two, num_warps=8)
+    else:
+        _quantize_weight[grid](weight, codes, scales, n, k, POWER_OF_TWO=power_of_two, num_warps=8)
+        turned.view(torch.uint8).copy_(codes.view(torch.uint8).mT)
+        turned_scales.copy_(scales.mT)
+    return made
+
+
+def _blocks(weight: Tensor, experts: list[int], n: int, k: int) -> Blocks:
+    codes = torch.empty(*experts, n, k, dtype=FLOAT8, device=weight.device)
+    scales = torch.empty(*experts, triton.cdiv(n, BLOCK), triton.cdiv(k, BLOCK), device=weight.device)
+    return Blocks(codes, scales)

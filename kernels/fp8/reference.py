@@ -49,11 +49,16 @@ def _padded(x: Tensor) -> Tensor:
     return wide[:, :width]
 
 
-def quantize_weight(weight: Tensor, power_of_two: bool = False) -> Weight:
-    """`quantize_blocks`, and the same transposed."""
+def quantize_weight(weight: Tensor, power_of_two: bool = False, into: Weight | None = None) -> Weight:
+    """`quantize_blocks`, and the same transposed; written over `into` where that is given."""
     codes, scales = quantize_blocks(weight, power_of_two)
     turned = codes.view(torch.uint8).mT.contiguous().view(FLOAT8)
-    return Weight(Blocks(codes, scales), Blocks(turned, scales.mT.contiguous()))
+    made = Weight(Blocks(codes, scales), Blocks(turned, scales.mT.contiguous()))
+    if into is None:
+        return made
+    for old, new in zip((*into.forward, *into.backward), (*made.forward, *made.backward), strict=True):
+        old.copy_(new)
+    return into
 
 
 def quantize_blocks(weight: Tensor, power_of_two: bool = False) -> Blocks:

@@ -15,7 +15,7 @@ def _cross_entropy(logits_ptr, targets_ptr, loss_ptr, v, C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * v
     target = tl.load(targets_ptr + row)
-    chosen = tl.load(logits_ptr + target).to(tl.float32)
+    chosen = tl.load(logits_ptr + tl.maximum(target, 0)).to(tl.float32)
     top_C = tl.full((C,), float("-inf"), tl.float32)
     total_C = tl.zeros((C,), tl.float32)
     for start in range(0, v, C):
@@ -28,12 +28,13 @@ def _cross_entropy(logits_ptr, targets_ptr, loss_ptr, v, C: tl.constexpr):
         top_C = higher_C
     top = tl.max(top_C, axis=0)
     logsumexp = top + tl.log(tl.sum(total_C * tl.exp(top_C - top), axis=0))
-    tl.store(loss_ptr + row, logsumexp - chosen)
+    tl.store(loss_ptr + row, tl.where(target < 0, 0.0, logsumexp - chosen))
     tl.debug_barrier()  # the target's logit has been read by all before it is overwritten
     for start in range(0, v, C):  # the row is still in cache
         columns = start + tl.arange(0, C)
         x_C = tl.load(logits_ptr + columns, mask=columns < v, other=float("-inf")).to(tl.float32)
         grad_C = tl.exp(x_C - logsumexp) - tl.where(columns == target, 1.0, 0.0)
+        grad_C = tl.where(target < 0, 0.0, grad_C)
         tl.store(logits_ptr + columns, grad_C.to(logits_ptr.dtype.element_ty), mask=columns < v)
 
 

@@ -9,9 +9,9 @@ Legend: B rows of this rank, T = sequence_length, N packed rows in all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ from stages.tokens.loader import PackedLoader, permute
 from stages.tokens.packing import LongDocuments, pack
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Rows of T + 1 tokens: 0..T-1 are inputs, 1..T their targets. All int64 [B, T + 1]; None where unused."""
 
     tokens_BT: Tensor
@@ -36,10 +35,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(
-            **{name: None if t is None else t.pin_memory().to(device, non_blocking=True) for name, t in values.items()}
-        )
+        return Batch(*(None if x is None else x.pin_memory().to(device, non_blocking=True) for x in self))
 
 
 class Batches(Protocol):

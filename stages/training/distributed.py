@@ -82,13 +82,20 @@ class GradientBucket:
         for parameter in self._low:
             parameter.grad = None
 
-    def collect(self) -> None:
-        """After each backward pass."""
-        if self._sums:
-            for parameter in self._low:
-                if parameter.grad is not None:
-                    parameter.main_grad += parameter.grad
-                    parameter.grad = None
+    def collect(self) -> list[Tensor]:
+        """After each backward pass; returns the gradients that stay where autograd left them."""
+        if not self._sums:
+            return [parameter.grad for parameter in self._low]
+        for parameter in self._low:
+            if parameter.grad is not None:
+                parameter.main_grad += parameter.grad
+                parameter.grad = None
+        return []
+
+    def take(self, gradients: list[Tensor]) -> None:
+        """What `collect` returned, where the pass was replayed: autograd was not there to leave it."""
+        for parameter, gradient in zip(self._low, gradients, strict=False):
+            parameter.grad = gradient
 
     def reduce(self, ranks: Ranks) -> None:
         """Sum gradients and statistics over ranks. Losses must already be divided by the whole step's counts."""

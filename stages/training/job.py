@@ -64,6 +64,12 @@ class Optimization(Config):
         title="Recompute",
         description="What the backward pass makes again: memory for time. rms_norm, mla_up, swiglu (V3), or block.",
     )
+    cuda_graphs: bool = Field(
+        True,
+        title="CUDA graphs",
+        description="Record a micro-batch's passes once and replay them: the same numbers, sooner. Not for losses on "
+        "a part of the tokens.",
+    )
     ema_decay: float | None = Field(
         None, title="EMA decay", description="Of the average of the weights that is validated beside them.", gt=0, lt=1
     )

@@ -30,17 +30,20 @@ def target_mask(loss_mask_BT: Tensor | None, document_BT: Tensor | None, depth: 
 def cross_entropy_sum(hidden_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
     """Σ −log p(target) in nats over unmasked positions, fp32 scalar.
 
-    Only the unmasked states reach the head, in chunks: a fine-tuning step pays for the tokens it learns.
+    Only the unmasked states reach the head, in chunks: a fine-tuning step pays for the tokens it learns. A CUDA graph
+    knows no shapes but those it was recorded with: there all states do.
     """
     assert hidden_BTD.shape[:2] == targets_BT.shape, (hidden_BTD.shape, targets_BT.shape)
     if mask_BT is None:
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+    elif hidden_BTD.is_cuda and torch.cuda.is_current_stream_capturing():
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.masked_fill(~mask_BT, kernels.NO_TARGET).flatten()
     else:
         hidden_ND, targets_N = hidden_BTD[mask_BT], targets_BT[mask_BT]
     return kernels.linear_cross_entropy(hidden_ND, head_VD, targets_N)
 
 
-def total_loss(main: Tensor, mtp: list[Tensor], balance: Tensor, mtp_lambda: float) -> Tensor:
+def total_loss(main: Tensor, mtp: list[Tensor], balance: Tensor, mtp_lambda: Tensor | float) -> Tensor:
     """L = L_main + λ/D·Σ_k L_MTP^k + L_balance over D depths (V3, equation 25), shares of means; α is in L_balance."""
     loss = main + balance
     if mtp:

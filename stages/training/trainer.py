@@ -25,7 +25,7 @@ from torch import Tensor
 from infra.errors import ConfigError, FathomError
 from infra.metrics import Report
 from model.checkpointing import Recompute
-from model.float8 import use_float8
+from model.float8 import refresh, use_float8
 from model.optimizer import build_optimizer
 from model.router import update_routing_bias
 from model.transformer import Transformer
@@ -34,6 +34,7 @@ from stages.training.checkpoint import load_weights, save_model
 from stages.training.data import Batch
 from stages.training.distributed import GradientBucket, Ranks, clip_factor, process_group
 from stages.training.ema import WeightAverage
+from stages.training.graphs import Replayed
 from stages.training.health import RoutingHealth, bias_drift, max_violation
 from stages.training.job import Progress, TrainJob, TrainResult
 from stages.training.losses import cross_entropy_sum, target_mask, total_loss
@@ -100,6 +101,8 @@ class Trainer:
             n_statistics=4 + math.prod(self.load_shape),
             sums=ranks.world > 1 or max(self.batch_sizes) > self.micro_batch,
         )
+        graphs = options.cuda_graphs and ranks.device.type == "cuda"
+        self.replayed = Replayed(self._backward) if graphs else None
         self.health = RoutingHealth(job.model, options, job.steps, ranks.device)
         self.progress = Progress()
         self.store = ResumeStore(job.scratch, job.retention)
@@ -139,14 +142,19 @@ class Trainer:
         torch.manual_seed(Random(f"{options.seed}/{progress.step}/{self.ranks.rank}").getrandbits(63))
         sequences = self.batch_sizes[progress.step]
         batches = self._read(sequences)
-        counts = self._target_counts(batches, sequences)
+        counts_D = self._target_counts(batches, sequences)
+        share_and_lambda = self._sent([len(batches[0].tokens_BT) / sequences, mtp_lambda])
         bucket.zero()
+        # Targets under a loss mask are gathered, and how many they are is in no graph.
+        replayed = self.replayed if batches[0].loss_mask_BT is None else None
+        if replayed:
+            refresh(self.model)
         for batch in batches:
-            self._backward(batch, counts, len(batch.tokens_BT) / sequences, mtp_lambda)
+            bucket.take((replayed or self._backward)(*batch, counts_D, share_and_lambda))
         bucket.reduce(self.ranks)
         loads_LE = bucket.statistics[4:].view(self.load_shape)
         figures = torch.cat([bucket.statistics[:4], self._routing_figures(loads_LE)])
-        # The device is waited for here, and else only to count masked targets: what follows is queued behind the step.
+        # The device is waited for here alone: what follows is queued behind the step.
         norm = bucket.norm()
         main, mtp, balance, dropped, *routing = figures.tolist()
         if math.isfinite(norm) and math.isfinite(main):
@@ -181,20 +189,36 @@ class Trainer:
         numbers = range(done // self.micro_batch, (done + sequences) // self.micro_batch)
         return [self.batches.batch(number).to(self.ranks.device) for number in numbers]
 
-    def _target_counts(self, batches: list[Batch], sequences: int) -> list[float]:
-        """Targets of the whole step, of all ranks, at each depth (0 is next-token): what loss sums are divided by."""
+    def _target_counts(self, batches: list[Batch], sequences: int) -> Tensor:
+        """Targets of the whole step, of all ranks, at each depth (0 is next-token), fp32: what loss sums are divided
+        by."""
         depths = range(1 + self.job.model.n_mtp)
         if target_mask(batches[0].loss_mask_BT, batches[0].document_BT) is None:
-            return [float(sequences * (self.job.data.sequence_length - depth)) for depth in depths]
-        counts = torch.zeros(len(depths), device=self.ranks.device)
+            return self._sent([float(sequences * (self.job.data.sequence_length - depth)) for depth in depths])
+        counts_D = torch.zeros(len(depths), device=self.ranks.device)
         for batch in batches:
             for depth in depths:
-                counts[depth] += target_mask(batch.loss_mask_BT, batch.document_BT, depth).sum()
-        return self.ranks.all_reduce(counts).clamp(min=1).tolist()
+                counts_D[depth] += target_mask(batch.loss_mask_BT, batch.document_BT, depth).sum()
+        return self.ranks.all_reduce(counts_D).clamp(min=1)
 
-    def _backward(self, batch: Batch, counts: list[float], share: float, mtp_lambda: float) -> None:
-        """Add a micro-batch's part of the step's mean losses, of their gradients and of the loads to the bucket."""
-        tokens_BT, document_BT, positions_BT = batch.tokens_BT, batch.document_BT, batch.positions_BT
+    def _sent(self, figures: list[float]) -> Tensor:
+        """On the device, without waiting for it."""
+        host = torch.tensor(figures)
+        device = self.ranks.device
+        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+    def _backward(
+        self,
+        tokens_BT: Tensor,
+        loss_mask_BT: Tensor | None,
+        document_BT: Tensor | None,
+        positions_BT: Tensor | None,
+        counts_D: Tensor,
+        share_and_lambda: Tensor,
+    ) -> list[Tensor]:
+        """Add a micro-batch's part of the step's mean losses, of their gradients and of the loads to the bucket; the
+        gradients that stay out of it are returned."""
+        share, mtp_lambda = share_and_lambda
         with self.recompute.tape():
             out = self.model(
                 tokens_BT[:, :-1],
@@ -206,20 +230,20 @@ class Trainer:
                 hidden_BTD,
                 self.model.head_weight,
                 tokens_BT[:, depth + 1 :],
-                target_mask(batch.loss_mask_BT, document_BT, depth),
+                target_mask(loss_mask_BT, document_BT, depth),
             )
-            / counts[depth]
+            / counts_D[depth]
             for depth, hidden_BTD in enumerate([out.hidden_BTD, *out.mtp_hidden])
         ]
         balance = out.balance_loss(self.job.optimization.balance) * share
         total_loss(losses[0], losses[1:], balance, mtp_lambda).backward()
         mtp = torch.stack(losses[1:]).mean() if len(losses) > 1 else torch.zeros_like(balance)
-        self.bucket.collect()
         self.bucket.statistics[:3] += torch.stack([losses[0], mtp, balance]).detach()
         if out.load_LE is not None:
             self.bucket.statistics[4:] += out.load_LE.flatten()
         if out.dropped_L is not None:
             self.bucket.statistics[3] += out.dropped_L.sum()
+        return self.bucket.collect()
 
     def _update(self, rate: float, norm: float, loads_LE: Tensor | None) -> None:
         """AdamW at `rate` on clipped gradients, then the routing biases by the step's loads (None: they are frozen)."""

@@ -34,7 +34,9 @@ def test_a_model_that_only_trains_in_float8_infers_exactly(model):
 
 def test_a_served_model_quantises_its_weights_once_and_decodes_what_it_scores(model, monkeypatch):
     made, quantize = [], reference.quantize_weight
-    monkeypatch.setattr(reference, "quantize_weight", lambda w: made.append(w.data_ptr()) or quantize(w))
+    monkeypatch.setattr(
+        reference, "quantize_weight", lambda w, **options: made.append(w.data_ptr()) or quantize(w, **options)
+    )
     monkeypatch.setattr(reference, "quantize_across", None)  # nothing is kept for a backward pass
     prompts = [torch.randint(64, (length,)).tolist() for length in (3, 9, 6)]
     exact = Generator(model).generate(prompts, 12, temperature=0)

@@ -263,7 +263,7 @@ def test_fp8_quantises_a_weight_once_a_step_and_never_the_head(make_job, wide_v3
     seen = []
     quantize = reference.quantize_weight
     monkeypatch.setattr(
-        reference, "quantize_weight", lambda w, power_of_two=False: seen.append(w.data_ptr()) or quantize(w)
+        reference, "quantize_weight", lambda w, **options: seen.append(w.data_ptr()) or quantize(w, **options)
     )
     options = {"precision": "fp8", "micro_batch_size": 2}
     with process_group() as ranks:
@@ -286,6 +286,20 @@ def test_fp8_names_the_width_that_it_cannot_multiply(make_job, micro_v3):
     refusal = r"attention.qkv.weight is \[40, 32\].*multiples of 16.*bf16"
     with process_group() as ranks, pytest.raises(ConfigError, match=refusal):
         Trainer(job, ranks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("micro_batch", [2, 8])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_replayed_step_is_the_step_to_the_bit(make_job, wide_v3, precision, micro_batch, masked):
+    runs = []
+    for graphs in (False, True):
+        options = {"precision": precision, "micro_batch_size": micro_batch, "cuda_graphs": graphs}
+        job = make_job(wide_v3, f"graphs-{graphs}", options=options)
+        runs.append(train(replace(job, data=replace(job.data, mask_documents=masked)), ignore))
+    assert losses_of(runs[0]) == losses_of(runs[1])
+    assert runs[0].values("gradient_norm") == runs[1].values("gradient_norm")
 
 
 @pytest.mark.parametrize("sums", [True, False])
