@@ -68,7 +68,7 @@ def layout(indices_NK: Tensor, n_experts: int, tile: int) -> Permutation:
     pair_P = torch.zeros(n_tiles * tile, dtype=torch.int64, device=device)
     pair_P[place_R] = order_R
     real_P = torch.zeros(n_tiles * tile, device=device)
-    real_P[place_R] = 1.0
+    real_P.index_fill_(0, place_R, 1.0)
     row_R = torch.empty_like(order_R)
     row_R[order_R] = place_R
     tiles_L = torch.arange(n_tiles, device=device) * tile

@@ -56,7 +56,7 @@ class Order(NamedTuple):
     @classmethod
     def of(cls, order: Permutation) -> Order:
         assert order.tile == BLOCK, order.tile
-        source_P = torch.where(order.real_P > 0, order.source_P, -1).to(torch.int32)
+        source_P = order.source_P.masked_fill(order.real_P == 0, -1).to(torch.int32)
         return cls(source_P, order.row_R, order.expert_L.to(torch.int32), order.ends_E[-1:] // BLOCK, order.ends_E)
 
 
