@@ -112,7 +112,7 @@ def measure(shapes: ModelConfig, case: str, titan: str, profile: Path | None) ->
         ours = case.startswith("ours")
         step = our_step(shapes, folder, precision) if ours else peer_step(shapes, case, titan)
         seconds = []
-        for number in range(WARM_UP + STEPS):
+        for _ in range(WARM_UP + STEPS):
             torch.cuda.synchronize()
             started = time.perf_counter()
             loss = step()

@@ -299,7 +299,7 @@ def test_a_replayed_step_is_the_step(make_job, wide_v3, precision, micro_batch, 
         job = make_job(wide_v3, f"graphs-{graphs}", options=options)
         runs.append(train(replace(job, data=replace(job.data, mask_documents=masked)), ignore))
     # Under a mask a recorded pass brings the head more rows, and sums them in other chunks.
-    torch.testing.assert_close(losses_of(runs[0]), losses_of(runs[1]), rtol=1e-5 if masked else 0, atol=0)
+    torch.testing.assert_close(losses_of(runs[0]), losses_of(runs[1]), rtol=1e-3 if masked else 0, atol=0)
 
 
 @pytest.mark.parametrize("sums", [True, False])
