@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference import RoutingRule
+from kernels.reference import route as route
+
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normalised rows in x's dtype, and the reciprocal root mean square of each, fp32 [..., 1]."""
@@ -75,6 +78,22 @@ def assemble_keys_backward(grad_key: Tensor, grad_value: Tensor, rotary: int) ->
     """Gradients of `up`, whose last dims are the values, and of the shared part."""
     grad_nope, grad_rope = grad_key.split([grad_key.shape[-1] - rotary, rotary], dim=-1)
     return torch.cat([grad_nope, grad_value], dim=-1), grad_rope.sum(-2)
+
+
+def route_backward(
+    grad_gates_NK: Tensor, grad_scores_NE: Tensor | None, scores_NE: Tensor, indices_NK: Tensor, rule: RoutingRule
+) -> Tensor:
+    """The gradient of `route`'s logits, from those of its gates and (None: unused) of its affinities."""
+    grad_NK = grad_gates_NK * rule.scale
+    if rule.renormalised:
+        chosen_NK = scores_NE.gather(1, indices_NK)
+        total_N1 = chosen_NK.sum(-1, keepdim=True) + 1e-20
+        grad_NK = (grad_NK - (grad_NK * chosen_NK).sum(-1, keepdim=True) / total_N1) / total_N1
+    grad_NE = torch.zeros_like(scores_NE) if grad_scores_NE is None else grad_scores_NE.clone()
+    grad_NE.scatter_add_(1, indices_NK, grad_NK)
+    if rule.sigmoid:
+        return grad_NE.mul_(scores_NE * (1.0 - scores_NE))
+    return (grad_NE - (grad_NE * scores_NE).sum(-1, keepdim=True)).mul_(scores_NE)
 
 
 def gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:

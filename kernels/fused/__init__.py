@@ -10,6 +10,7 @@ from kernels.fused.keys import assemble_keys, assemble_keys_backward
 from kernels.fused.permute import gather_sum
 from kernels.fused.rms_norm import rms_norm, rms_norm_backward
 from kernels.fused.rope import rotate
+from kernels.fused.router import route, route_backward
 from kernels.fused.swiglu import swiglu, swiglu_backward
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rotate",
+    "route",
+    "route_backward",
     "swiglu",
     "swiglu_backward",
 ]
