@@ -88,12 +88,12 @@ def route_backward(
     if rule.renormalised:
         chosen_NK = scores_NE.gather(1, indices_NK)
         total_N1 = chosen_NK.sum(-1, keepdim=True) + 1e-20
-        grad_NK = (grad_NK - (grad_NK * chosen_NK).sum(-1, keepdim=True) / total_N1) / total_N1
+        grad_NK = grad_NK / total_N1 - (grad_NK * (chosen_NK / total_N1 / total_N1)).sum(-1, keepdim=True)
     grad_NE = torch.zeros_like(scores_NE) if grad_scores_NE is None else grad_scores_NE.clone()
     grad_NE.scatter_add_(1, indices_NK, grad_NK)
     if rule.sigmoid:
-        return grad_NE.mul_(scores_NE * (1.0 - scores_NE))
-    return (grad_NE - (grad_NE * scores_NE).sum(-1, keepdim=True)).mul_(scores_NE)
+        return torch.ops.aten.sigmoid_backward(grad_NE, scores_NE)
+    return torch.ops.aten._softmax_backward_data(grad_NE, scores_NE, -1, scores_NE.dtype)
 
 
 def gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:
