@@ -7,6 +7,7 @@ two. Plain `triton.language` alone, so that the CPU tests run them under Triton'
 from kernels.fused.adamw import adamw_step
 from kernels.fused.cross_entropy import cross_entropy_gradient
 from kernels.fused.keys import assemble_keys, assemble_keys_backward
+from kernels.fused.layout import layout
 from kernels.fused.permute import gather_sum
 from kernels.fused.rms_norm import rms_norm, rms_norm_backward
 from kernels.fused.rope import rotate
@@ -19,6 +20,7 @@ __all__ = [
     "assemble_keys_backward",
     "cross_entropy_gradient",
     "gather_sum",
+    "layout",
     "rms_norm",
     "rms_norm_backward",
     "rotate",

@@ -21,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 from kernels.fp8 import gemm_gluon, quantize, quantize_gluon, wgrad_gluon  # noqa: E402
 from kernels.fp8.hopper import TILES, WGRAD_STAGES, _layout  # noqa: E402
 from kernels.fused import router  # noqa: E402
+from kernels.fused.layout import BLOCK, SCAN, STEP, _count, _place, _scan  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = 232448  # bytes that a block may have on sm_90
@@ -53,6 +54,7 @@ class Compiled:
             self.code = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True).stdout
             usage = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
             said = subprocess.run(usage, capture_output=True, text=True).stdout
+        self.registers = int(re.search(r"REG:(\d+)", said)[1])
         self.stack = int(re.search(r"STACK:(\d+)", said)[1])
         self.shared = made.metadata.shared
 
@@ -127,3 +129,19 @@ def test_routing_reads_whole_words_and_meets_no_other_warp(experts: int, k: int,
     for made in (forward, backward):
         made.check()
         assert made.count(r"LDG\.E\.128") >= 4
+
+
+@pytest.mark.parametrize(("experts", "k", "tile"), [(64, 6, 1), (256, 8, 128)])
+def test_the_layout_of_rows_leaves_room_for_other_programs(experts: int, k: int, tile: int):
+    wide = {f"{name}_ptr": "*i64" for name in ("expert", "load", "pair", "source", "row", "tile")}
+    types = wide | {f"{name}_ptr": "*i32" for name in ("rank", "count", "before", "ends")} | {"real_ptr": "*fp32"}
+    block = {"E": experts, "X": experts, "B": BLOCK}
+    scan = {"E": experts, "C": SCAN["C"], "X": SCAN["X"]}
+    for kernel, constants, warps in (
+        (_count, block | {"C": STEP}, 4),
+        (_scan, scan, SCAN["num_warps"]),
+        (_place, block | {"K": k, "TILE": tile}, 4),
+    ):
+        made = Compiled(kernel, types, constants, warps)
+        made.check()
+        assert made.registers <= 128
