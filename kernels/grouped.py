@@ -82,14 +82,27 @@ class _Unpermute(torch.autograd.Function):
         return grad_ND.index_select(0, *ctx.saved_tensors), None, None, None
 
 
+class _PermuteGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates_NK: Tensor, pair_P: Tensor, row_R: Tensor, real_P: Tensor | None) -> Tensor:
+        ctx.save_for_backward(row_R)
+        ctx.shape = gates_NK.shape
+        gates_P = gates_NK.flatten().index_select(0, pair_P)
+        return gates_P if real_P is None else gates_P.mul_(real_P)
+
+    @staticmethod
+    def backward(ctx, grad_P: Tensor):
+        return grad_P.index_select(0, *ctx.saved_tensors).view(ctx.shape), None, None, None
+
+
 def permute(x_ND: Tensor, order: Permutation) -> Tensor:
     """Copy each token's row to each of its experts; returns [P, D]. Gathers both ways: no atomics, same bits."""
     return _Permute.apply(x_ND, order.source_P, order.row_R)
 
 
 def permute_gates(gates_NK: Tensor, order: Permutation) -> Tensor:
-    """Each row's gate [P]; 0 in padding."""
-    return gates_NK.flatten().index_select(0, order.pair_P) * order.real_P
+    """Each row's gate [P]; 0 in padding, whose gradient is not read."""
+    return _PermuteGates.apply(gates_NK, order.pair_P, order.row_R, None if order.tile == 1 else order.real_P)
 
 
 def unpermute(y_PD: Tensor, order: Permutation, n_tokens: int) -> Tensor:
