@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 256  # pairs: a pair is compared with all of its block, and a block has a count for every expert
-STEP = 16
+STEP = 16  # pairs that all are compared with at once: 64 take every register
 SCAN = {"C": 256, "X": 16, "num_warps": 8}
 
 
