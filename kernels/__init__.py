@@ -4,17 +4,18 @@
 Triton (`fused`) on CUDA, torch (`eager`) elsewhere.
 """
 
-from kernels.autograd import apply_rope, keys_and_values, rms_norm, swiglu
+from kernels.autograd import apply_rope, keys_and_values, rms_norm, route, swiglu
 from kernels.dispatch import implementation
 from kernels.eager import NO_TARGET, join_master, split_master
 from kernels.grouped import Permutation, compact, grouped_gemm, layout, permutation, permute, permute_gates, unpermute
 from kernels.inference import routed_experts
 from kernels.log_probs import linear_cross_entropy, linear_log_probs
-from kernels.reference import route
+from kernels.reference import RoutingRule
 
 __all__ = [
     "NO_TARGET",
     "Permutation",
+    "RoutingRule",
     "apply_rope",
     "compact",
     "grouped_gemm",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import inference
 from kernels.dispatch import implementation
+from kernels.reference import RoutingRule
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -84,3 +85,29 @@ class _KeysAndValues(torch.autograd.Function):
 def keys_and_values(up: Tensor, rope: Tensor, nope: int) -> tuple[Tensor, Tensor]:
     """`reference.keys_and_values`; the values are a view of `up`, and its gradient is written once, not summed."""
     return _KeysAndValues.apply(up, rope, nope)
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_NE: Tensor, bias_E: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor, Tensor]:
+        gates_NK, indices_NK, scores_NE = implementation(logits_NE).route(logits_NE, bias_E, rule)
+        ctx.save_for_backward(scores_NE, indices_NK)
+        ctx.rule = rule
+        ctx.mark_non_differentiable(indices_NK)
+        ctx.set_materialize_grads(False)
+        return gates_NK, indices_NK, scores_NE
+
+    @staticmethod
+    def backward(ctx, grad_gates_NK: Tensor | None, _, grad_scores_NE: Tensor | None):
+        scores_NE, indices_NK = ctx.saved_tensors
+        if grad_gates_NK is None:
+            grad_gates_NK = scores_NE.new_zeros(indices_NK.shape)
+        backward = implementation(scores_NE).route_backward
+        return backward(grad_gates_NK, grad_scores_NE, scores_NE, indices_NK, ctx.rule), None, None
+
+
+def route(logits_NE: Tensor, bias_E: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.route`; nothing flows through the choice, and the affinities alone are kept."""
+    if torch.is_inference_mode_enabled():
+        return implementation(logits_NE).route(logits_NE, bias_E, rule)
+    return _Route.apply(logits_NE, bias_E, rule)

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference import RoutingRule
+from kernels.reference import route as route
+
 NO_TARGET = -1  # as a row's target: the row counts nothing
 
 
@@ -77,6 +80,45 @@ def assemble_keys_backward(grad_key: Tensor, grad_value: Tensor, rotary: int) ->
     """Gradients of `up`, whose last dims are the values, and of the shared part."""
     grad_nope, grad_rope = grad_key.split([grad_key.shape[-1] - rotary, rotary], dim=-1)
     return torch.cat([grad_nope, grad_value], dim=-1), grad_rope.sum(-2)
+
+
+def route_backward(
+    grad_gates_NK: Tensor, grad_scores_NE: Tensor | None, scores_NE: Tensor, indices_NK: Tensor, rule: RoutingRule
+) -> Tensor:
+    """The gradient of `route`'s logits, from those of its gates and (None: unused) of its affinities."""
+    grad_NK = grad_gates_NK * rule.scale
+    if rule.renormalised:
+        chosen_NK = scores_NE.gather(1, indices_NK)
+        total_N1 = chosen_NK.sum(-1, keepdim=True) + 1e-20
+        grad_NK = grad_NK / total_N1 - (grad_NK * (chosen_NK / total_N1 / total_N1)).sum(-1, keepdim=True)
+    grad_NE = torch.zeros_like(scores_NE) if grad_scores_NE is None else grad_scores_NE.clone()
+    grad_NE.scatter_add_(1, indices_NK, grad_NK)
+    if rule.sigmoid:
+        return torch.ops.aten.sigmoid_backward(grad_NE, scores_NE)
+    return torch.ops.aten._softmax_backward_data(grad_NE, scores_NE, -1, scores_NE.dtype)
+
+
+def layout(indices_NK: Tensor, n_experts: int, tile: int) -> tuple[Tensor, ...]:
+    """The tensors of `kernels.grouped.Permutation`, in its order."""
+    flat_R, device = indices_NK.flatten(), indices_NK.device
+    n_pairs = flat_R.numel()
+    order_R = flat_R.argsort(stable=True)
+    load_E = torch.zeros(n_experts, dtype=torch.int64, device=device).scatter_add_(0, flat_R, torch.ones_like(flat_R))
+    room_E = (load_E + (tile - 1)) // tile * tile
+    ends_E = room_E.cumsum(0)
+    shift_E = (ends_E - room_E) - (load_E.cumsum(0) - load_E)  # where an expert starts, less where it would compactly
+    place_R = torch.arange(n_pairs, device=device) + shift_E[flat_R[order_R]]
+    n_tiles = n_pairs // tile + n_experts if tile > 1 else n_pairs
+    pair_P = torch.zeros(n_tiles * tile, dtype=torch.int64, device=device)
+    pair_P[place_R] = order_R
+    real_P = torch.zeros(n_tiles * tile, device=device)
+    real_P.index_fill_(0, place_R, 1.0)
+    row_R = torch.empty_like(order_R)
+    row_R[order_R] = place_R
+    tiles_L = torch.arange(n_tiles, device=device) * tile
+    expert_L = torch.searchsorted(ends_E, tiles_L, right=True).clamp_max(n_experts - 1)
+    source_P = pair_P // indices_NK.shape[1]
+    return pair_P, source_P, real_P, row_R, load_E, ends_E.to(torch.int32), expert_L
 
 
 def gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:

@@ -56,25 +56,7 @@ def compact(device: torch.device, dtype: torch.dtype) -> bool:
 
 def layout(indices_NK: Tensor, n_experts: int, tile: int) -> Permutation:
     """`permutation` with the tile given. No shape depends on how the rows are spread over experts."""
-    flat_R, device = indices_NK.flatten(), indices_NK.device
-    n_pairs = flat_R.numel()
-    order_R = flat_R.argsort(stable=True)
-    load_E = torch.zeros(n_experts, dtype=torch.int64, device=device).scatter_add_(0, flat_R, torch.ones_like(flat_R))
-    room_E = (load_E + (tile - 1)) // tile * tile
-    ends_E = room_E.cumsum(0)
-    shift_E = (ends_E - room_E) - (load_E.cumsum(0) - load_E)  # where an expert starts, less where it would compactly
-    place_R = torch.arange(n_pairs, device=device) + shift_E[flat_R[order_R]]
-    n_tiles = n_pairs // tile + n_experts if tile > 1 else n_pairs
-    pair_P = torch.zeros(n_tiles * tile, dtype=torch.int64, device=device)
-    pair_P[place_R] = order_R
-    real_P = torch.zeros(n_tiles * tile, device=device)
-    real_P.index_fill_(0, place_R, 1.0)
-    row_R = torch.empty_like(order_R)
-    row_R[order_R] = place_R
-    tiles_L = torch.arange(n_tiles, device=device) * tile
-    expert_L = torch.searchsorted(ends_E, tiles_L, right=True).clamp_max(n_experts - 1)
-    source_P = pair_P // indices_NK.shape[1]
-    return Permutation(pair_P, source_P, real_P, row_R, load_E, ends_E.to(torch.int32), expert_L, tile)
+    return Permutation(*implementation(indices_NK).layout(indices_NK, n_experts, tile), tile)
 
 
 class _Permute(torch.autograd.Function):
@@ -100,14 +82,27 @@ class _Unpermute(torch.autograd.Function):
         return grad_ND.index_select(0, *ctx.saved_tensors), None, None, None
 
 
+class _PermuteGates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gates_NK: Tensor, pair_P: Tensor, row_R: Tensor, real_P: Tensor | None) -> Tensor:
+        ctx.save_for_backward(row_R)
+        ctx.shape = gates_NK.shape
+        gates_P = gates_NK.flatten().index_select(0, pair_P)
+        return gates_P if real_P is None else gates_P.mul_(real_P)
+
+    @staticmethod
+    def backward(ctx, grad_P: Tensor):
+        return grad_P.index_select(0, *ctx.saved_tensors).view(ctx.shape), None, None, None
+
+
 def permute(x_ND: Tensor, order: Permutation) -> Tensor:
     """Copy each token's row to each of its experts; returns [P, D]. Gathers both ways: no atomics, same bits."""
     return _Permute.apply(x_ND, order.source_P, order.row_R)
 
 
 def permute_gates(gates_NK: Tensor, order: Permutation) -> Tensor:
-    """Each row's gate [P]; 0 in padding."""
-    return gates_NK.flatten().index_select(0, order.pair_P) * order.real_P
+    """Each row's gate [P]; 0 in padding, whose gradient is not read."""
+    return _PermuteGates.apply(gates_NK, order.pair_P, order.row_R, None if order.tile == 1 else order.real_P)
 
 
 def unpermute(y_PD: Tensor, order: Permutation, n_tokens: int) -> Tensor:

@@ -7,6 +7,8 @@ P = N·K routed rows, V vocabulary, G expert groups, R rotary dims.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,27 +40,43 @@ def keys_and_values(up: Tensor, rope: Tensor, nope: int) -> tuple[Tensor, Tensor
     return torch.cat([up[..., :nope], shared], dim=-1), up[..., nope:]
 
 
-def route(
-    scores_NE: Tensor,
-    bias_E: Tensor,
-    n_activated: int,
-    n_groups: int,
-    n_limited_groups: int,
-    group_top: int,
-) -> Tensor:
-    """Choose experts: the K best of `scores + bias` inside the best groups. Returns indices_NK (int64).
+class RoutingRule(NamedTuple):
+    """How logits become affinities (sigmoids, or a softmax), which experts are chosen, and with which gates.
 
     A group's score is the sum of its `group_top` best biased affinities: 2 in DeepSeek-V3 (section 2.1.2), 1 in
-    DeepSeek-V2 (section 2.2.2). The bias steers the choice alone; gate values come from the scores.
+    DeepSeek-V2 (section 2.2.2). The chosen are `n_activated` experts of the `n_limited_groups` best groups.
     """
+
+    sigmoid: bool
+    renormalised: bool
+    n_activated: int
+    n_groups: int = 1
+    n_limited_groups: int = 1
+    group_top: int = 1
+    scale: float = 1.0
+
+
+def route(logits_NE: Tensor, bias_E: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates [N, K] in descending order of biased affinity, the experts they belong to (int64), affinities [N, E]."""
+    scores_NE = logits_NE.sigmoid() if rule.sigmoid else logits_NE.softmax(-1)
+    indices_NK = choose(scores_NE.detach(), bias_E, rule)
+    gates_NK = scores_NE.gather(1, indices_NK)
+    if rule.renormalised:
+        gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
+    return gates_NK * rule.scale, indices_NK, scores_NE
+
+
+def choose(scores_NE: Tensor, bias_E: Tensor, rule: RoutingRule) -> Tensor:
+    """The K best of `scores + bias` inside the best groups, indices_NK. The bias steers the choice alone; gate values
+    come from the scores."""
     choice_NE = scores_NE + bias_E
-    if n_limited_groups < n_groups:
-        choice_NGe = choice_NE.unflatten(-1, (n_groups, -1))
-        group_NG = choice_NGe.topk(group_top, dim=-1).values.sum(-1)
+    if rule.n_limited_groups < rule.n_groups:
+        choice_NGe = choice_NE.unflatten(-1, (rule.n_groups, -1))
+        group_NG = choice_NGe.topk(rule.group_top, dim=-1).values.sum(-1)
         kept_NG = torch.zeros_like(group_NG, dtype=torch.bool)
-        kept_NG.scatter_(1, group_NG.topk(n_limited_groups, dim=-1).indices, True)
+        kept_NG.scatter_(1, group_NG.topk(rule.n_limited_groups, dim=-1).indices, True)
         choice_NE = choice_NGe.masked_fill(~kept_NG[..., None], float("-inf")).flatten(-2)
-    return choice_NE.topk(n_activated, dim=-1).indices
+    return choice_NE.topk(rule.n_activated, dim=-1).indices
 
 
 def routed_experts(

@@ -5,12 +5,16 @@
 | rms_norm | the output of every RMSNorm |
 | mla_up | MLA's queries, keys and values per head, from its latents |
 | swiglu | the input of every down-projection, from the up-projection's output |
-| block | all of a block but the choice of its experts, by `torch.utils.checkpoint` |
+| block | all of a block, by `torch.utils.checkpoint` |
 
 The first three are DeepSeek-V3's (section 3.2.3). What holds on to those outputs are their consumers, matrix products
 and attention, which are far dearer than what is made again: checkpointing a region would run them twice. Here autograd
 is watched instead (`saved_tensors_hooks`): where it asks to keep an output of a chosen operation, or a view of one, a
 recipe is kept, the operation and its inputs. Gradients are the same to the last bit.
+
+A block made again must choose the same experts, and near a tie another rounding would choose others. On CUDA it does
+since the same kernels meet the same bits: nothing in a forward pass draws lots or depends on the order of atomics, and
+weights and routing biases move after the backward pass. Elsewhere torch's topk chooses, and what it chose is kept.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ class Recompute:
         if not (self._on_tape and name in self.names and torch.is_grad_enabled()):
             return function(*inputs)
         if name == "block":
-            # Which experts a token visits is kept: near a tie, other rounding would choose others.
+            # The choice of experts where topk makes it: the kernel on CUDA is no operation that this could see.
             kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
             return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=kept)
         outputs = function(*inputs)

@@ -46,30 +46,23 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.sigmoid = config.score_function == "sigmoid"
-        self.renormalised = self.sigmoid or config.router == "gshard"
-        self.n_activated = config.n_activated_experts
-        self.n_groups, self.n_limited_groups = config.n_groups, config.n_limited_groups
-        self.route_scale = config.route_scale
+        sigmoid = config.score_function == "sigmoid"
+        self.rule = kernels.RoutingRule(
+            sigmoid=sigmoid,
+            renormalised=sigmoid or config.router == "gshard",
+            n_activated=config.n_activated_experts,
+            n_groups=config.n_groups,
+            n_limited_groups=config.n_limited_groups,
+            group_top=2 if sigmoid else 1,
+            scale=config.route_scale,
+        )
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.d_model))
         self.register_buffer("bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Routing:
         """Routes by the states; the token ids are `HashRouter`'s."""
         logits_NE = F.linear(x_ND.float(), self.weight.float())
-        scores_NE = logits_NE.sigmoid() if self.sigmoid else logits_NE.softmax(-1)
-        indices_NK = kernels.route(
-            scores_NE.detach(),
-            self.bias.float(),
-            self.n_activated,
-            self.n_groups,
-            self.n_limited_groups,
-            group_top=2 if self.sigmoid else 1,
-        )
-        gates_NK = scores_NE.gather(1, indices_NK)
-        if self.renormalised:
-            gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(gates_NK * self.route_scale, indices_NK, scores_NE)
+        return Routing(*kernels.route(logits_NE, self.bias.float(), self.rule))
 
 
 class HashRouter(nn.Module):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.timing import Case, captured, median_ms
-from kernels import fused
+from kernels import RoutingRule, eager, fused
 from kernels.fp8 import quantize, reference
 
 COPY_BYTES = 2 << 30
@@ -66,7 +66,7 @@ def memory() -> Iterator[dict[str, Any]]:
         yield from (run(case) for case in norms(n, d, peers))
     for n, f in SWIGLUS:
         yield from (run(case) for case in swiglus(n, f, peers))
-    yield from (run(case) for case in routing())
+    yield from (run(case) for case in (*routers(), *routing()))
 
 
 def codes(quantized: Any) -> Tensor:
@@ -119,13 +119,45 @@ def swiglus(n: int, f: int, peers: Any) -> Iterator[Case]:
     yield case("swiglu backward bf16", 10, lambda: fused.swiglu_backward(grad, x, gates))
 
 
+def routers(tokens: int = 16384) -> Iterator[Case]:
+    """The router behind its product, which torch has a kernel for every step of."""
+    v2 = RoutingRule(sigmoid=False, renormalised=False, n_activated=6)
+    v3 = RoutingRule(True, True, n_activated=8, n_groups=8, n_limited_groups=4, group_top=2, scale=2.5)
+    for experts, rule in ((64, v2), (256, v3)):
+        groups = " groups" if rule.n_groups > 1 else ""
+        name = f"{tokens}x{experts} k{rule.n_activated}{groups}"
+        logits, bias = torch.randn(tokens, experts, device="cuda"), torch.randn(experts, device="cuda") / 100
+        gates, indices, scores = eager.route(logits, bias, rule)
+        case = Case(f"memory router {name}", "GB/s", tokens * (8.0 * experts + 12 * rule.n_activated))
+        case.expected, case.tolerance = gates, 1e-2  # a group is chosen otherwise where two are nearly as good
+        case.taken = lambda out: out[0]
+        inputs = logits, bias, rule
+        for who, module in (("ours", fused), ("torch", eager)):
+            case.add(who, lambda module=module, inputs=inputs: module.route(*inputs))
+        yield case
+        back = torch.randn_like(gates), torch.randn_like(scores), scores, indices, rule
+        case = Case(f"memory router backward {name}", "GB/s", tokens * (12.0 * experts + 12 * rule.n_activated))
+        case.expected, case.tolerance = eager.route_backward(*back), 1e-5
+        for who, module in (("ours", fused), ("torch", eager)):
+            case.add(who, lambda module=module, back=back: module.route_backward(*back))
+        yield case
+
+
 def routing(tokens: int = 16384, experts: int = 64, chosen: int = 6, d: int = 2048) -> Iterator[Case]:
-    """A gather into experts' rows with its quantisation, and the sum back."""
+    """The layout of experts' rows, a gather into it with its quantisation, and the sum back."""
     from kernels.fp8.autograd import Order
     from kernels.grouped import layout
 
     x = torch.randn(tokens, d, device="cuda", dtype=BF16)
     indices = torch.rand(tokens, experts, device="cuda").topk(chosen).indices
+    pair_P, *_, row_R, _, _, expert_L = eager.layout(indices, experts, 128)
+    # Choices read, their rows written; of every row its pair, its token and whether it is one; the tiles' experts.
+    size = 16.0 * len(row_R) + 20.0 * len(pair_P) + 8.0 * len(expert_L)
+    case = Case(f"memory layout {tokens}x{chosen} of {experts}", "GB/s", size, row_R)
+    case.taken = lambda out: out[3]
+    for who, module in (("ours", fused), ("torch", eager)):
+        case.add(who, lambda module=module: module.layout(indices, experts, 128))
+    yield case
     order = Order.of(layout(indices, experts, 128))
     rows = len(order.source_P)
     case = Case(f"memory gather, quantize both {rows}x{d}", "GB/s", 4.0 * rows * d)

@@ -7,9 +7,11 @@ two. Plain `triton.language` alone, so that the CPU tests run them under Triton'
 from kernels.fused.adamw import adamw_step
 from kernels.fused.cross_entropy import cross_entropy_gradient
 from kernels.fused.keys import assemble_keys, assemble_keys_backward
+from kernels.fused.layout import layout
 from kernels.fused.permute import gather_sum
 from kernels.fused.rms_norm import rms_norm, rms_norm_backward
 from kernels.fused.rope import rotate
+from kernels.fused.router import route, route_backward
 from kernels.fused.swiglu import swiglu, swiglu_backward
 
 __all__ = [
@@ -18,9 +20,12 @@ __all__ = [
     "assemble_keys_backward",
     "cross_entropy_gradient",
     "gather_sum",
+    "layout",
     "rms_norm",
     "rms_norm_backward",
     "rotate",
+    "route",
+    "route_backward",
     "swiglu",
     "swiglu_backward",
 ]

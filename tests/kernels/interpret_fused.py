@@ -2,11 +2,20 @@
 
 import torch
 
-from kernels import eager, fused
+from kernels import RoutingRule, eager, fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates fp32 to bf16 where hardware rounds: one more unit in the last place.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3 if DEVICE == "cuda" else 8e-3}
+
+
+def poisoned(*size, **options):
+    """`torch.empty` for the kernels' outputs, full of what nobody writes."""
+    out = EMPTY(*size, **options)
+    return out.fill_(float("nan") if out.is_floating_point() else -7)
+
+
+EMPTY = torch.empty
 
 
 def check(name, ours, theirs, dtype, times=1):
@@ -102,11 +111,98 @@ def adamw(dtype):
             check(f"adamw split={split} {moments}", *states, moments, times=20)  # a step is a small part of its weight
 
 
+ROUTING = {  # experts, and how they are chosen
+    "v3": (256, RoutingRule(True, True, 8, n_groups=8, n_limited_groups=4, group_top=2, scale=2.5)),
+    "v2": (160, RoutingRule(False, False, 6, n_groups=8, n_limited_groups=3, group_top=1, scale=16.0)),
+    "v2_lite": (64, RoutingRule(False, False, 6)),
+    "gshard": (16, RoutingRule(False, True, 2)),
+    "switch": (8, RoutingRule(False, False, 1)),
+    "nine groups of eleven": (99, RoutingRule(True, True, 5, n_groups=9, n_limited_groups=2, group_top=2)),
+    "all of five": (5, RoutingRule(True, True, 5)),
+    "wide": (512, RoutingRule(True, True, 16)),
+}
+
+
+def first_best(x, count):
+    """The `count` greatest along the last dimension in descending order, of equal ones the first."""
+    return x.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def choose(scores, bias, rule):
+    """`reference.choose`, and what it leaves open."""
+    choice = (scores + bias).unflatten(-1, (rule.n_groups, -1))
+    group = choice.sort(dim=-1, descending=True).values[..., : rule.group_top].sum(-1)
+    kept = torch.zeros_like(group).scatter(1, first_best(group, rule.n_limited_groups), 1.0)
+    return first_best(choice.masked_fill(kept[..., None] == 0, float("-inf")).flatten(1), rule.n_activated)
+
+
+def gated(logits, indices, rule):
+    """`reference.route` with the choice given."""
+    scores = logits.sigmoid() if rule.sigmoid else logits.softmax(-1)
+    gates = scores.gather(1, indices)
+    return (gates / (gates.sum(-1, keepdim=True) + 1e-20) if rule.renormalised else gates) * rule.scale, scores
+
+
+def route():
+    for name, (e, rule) in ROUTING.items():
+        for kind in ("random", "ties", "one token", "sharp"):
+            n = 1 if kind == "one token" else 21
+            logits, bias = torch.randn(n, e, device=DEVICE), torch.randn(e, device=DEVICE) / 10
+            if kind == "ties":
+                logits, bias = logits.round(), torch.zeros_like(bias)
+                logits[0] = 0.0
+            if kind == "sharp":
+                logits *= 6.0
+            gates, indices, scores = fused.route(logits, bias, rule)
+            assert torch.equal(indices, choose(scores, bias, rule)), (name, kind)
+            leaf = logits.double().requires_grad_()
+            exact = gated(leaf, indices, rule)
+            case = f"route {name}, {kind}"
+            check(case, (gates, scores), [x.float() for x in exact], torch.float32)
+            pulls = torch.randn_like(gates), torch.randn_like(scores)
+            for used in (1, 2):  # the gates alone, and the affinities too
+                loss = sum((x * pull).sum() for x, pull in zip(exact[:used], pulls, strict=False))
+                (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+                inputs = pulls[0], pulls[1] if used == 2 else None, scores, indices, rule
+                ours, theirs = (module.route_backward(*inputs) for module in (fused, eager))
+                check(f"{case}, gradient", (ours, theirs), [grad.float()] * 2, torch.float32, times=10)
+    for name in ("v3", "v2"):  # a NaN must reach the loss, and name no expert that is not there
+        e, rule = ROUTING[name]
+        gates, indices, _ = fused.route(
+            torch.full((2, e), float("nan"), device=DEVICE), torch.zeros(e, device=DEVICE), rule
+        )
+        assert gates.isnan().all() and (indices >= 0).all() and (indices < e).all(), name
+
+
+def layout():
+    options = {"device": DEVICE}
+    for name, e, indices in [
+        ("random", 64, torch.rand(150, 64, **options).topk(6).indices),
+        ("many", 256, torch.rand(700, 256, **options).topk(8).indices),
+        ("all to one", 8, torch.full((300, 2), 5, **options)),
+        ("all to the first", 512, torch.zeros(40, 1, dtype=torch.int64, **options)),
+        ("all to the last", 7, torch.full((257, 1), 6, **options)),
+        ("idle experts", 40, torch.randint(3, (512, 3), **options) * 7),
+        ("whole tiles", 4, torch.arange(1024, **options).view(-1, 2) % 4),
+        ("one token", 160, torch.tensor([[3, 159, 0]], **options)),
+        ("no token", 8, torch.zeros(0, 2, dtype=torch.int64, **options)),
+    ]:
+        for tile in (1, 128):
+            ours, theirs = (module.layout(indices, e, tile) for module in (fused, eager))
+            for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                assert a.dtype == b.dtype and torch.equal(a, b), (name, tile, number)
+        print(f"layout {name}: the same")
+
+
 def main():
+    torch.empty = poisoned
     for dtype in (torch.float32, torch.bfloat16):
         for case in (rms_norm, swiglu, rotate, keys, gather_sum, cross_entropy, adamw):
             torch.manual_seed(0)
             case(dtype)
+    for case in (route, layout):
+        torch.manual_seed(0)
+        case()
 
 
 if __name__ == "__main__":

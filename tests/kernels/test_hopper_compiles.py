@@ -1,4 +1,4 @@
-"""The Gluon kernels, compiled for sm_90 where there is no GPU: what the machine code must and must not hold.
+"""Kernels compiled for sm_90 where there is no GPU: what the machine code must and must not hold.
 
 A product that spills, or whose tensor-core instructions the assembler has put one behind the other, is right and slow:
 no test of results would tell.
@@ -14,11 +14,14 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from kernels.fp8 import gemm_gluon, quantize, quantize_gluon, wgrad_gluon  # noqa: E402
 from kernels.fp8.hopper import TILES, WGRAD_STAGES, _layout  # noqa: E402
+from kernels.fused import router  # noqa: E402
+from kernels.fused.layout import BLOCK, SCAN, STEP, _count, _place, _scan  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = 232448  # bytes that a block may have on sm_90
@@ -39,14 +42,17 @@ class Compiled:
         # As the launcher specialises them: pointers and sizes are multiples of 16 at real shapes.
         aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name][0] in "*i"}
         known = {(at,): constants[name] for at, name in enumerate(names) if name in constants}
-        source = GluonASTSource(fn=kernel, signature=signature, constexprs=known, attrs=aligned)
-        made = triton.compile(source, target=TARGET, options=options)
+        source = GluonASTSource if kernel.is_gluon() else ASTSource
+        made = triton.compile(
+            source(fn=kernel, signature=signature, constexprs=known, attrs=aligned), target=TARGET, options=options
+        )
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
             file.flush()
             self.code = subprocess.run([TOOLS / "nvdisasm", file.name], capture_output=True, text=True).stdout
             usage = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
             said = subprocess.run(usage, capture_output=True, text=True).stdout
+        self.registers = int(re.search(r"REG:(\d+)", said)[1])
         self.stack = int(re.search(r"STACK:(\d+)", said)[1])
         self.shared = made.metadata.shared
 
@@ -120,3 +126,32 @@ def quantising(kernel, constants: dict) -> Compiled:
     made = Compiled(kernel, types, constants, **options)
     assert made.count(r"STG\.E\.128") >= 4, "a thread's codes of a column are one store"
     return made
+
+
+@pytest.mark.parametrize(("experts", "k", "groups", "limited", "v3"), [(64, 6, 1, 1, False), (256, 8, 8, 4, True)])
+def test_routing_reads_whole_words_and_meets_no_other_warp(experts: int, k: int, groups: int, limited: int, v3: bool):
+    names = "logits", "bias", "gates", "scores", "grad_gates", "grad_scores", "grad"
+    types = {**{f"{name}_ptr": "*fp32" for name in names}, "indices_ptr": "*i64", "scale": "fp32"}
+    both = {"E": experts, "K": k, "SIGMOID": v3, "RENORMALISED": v3, "R": router._rows(experts)}
+    choice = {"GROUPS": groups, "LIMITED": limited, "TOP": 2 if v3 else 1, "G": groups, "S": experts // groups}
+    forward = Compiled(router._route, types, both | choice, num_warps=1)
+    backward = Compiled(router._route_backward, types, both | {"C": experts, "SCORED": True}, num_warps=1)
+    for made in (forward, backward):
+        made.check()
+        assert made.count(r"LDG\.E\.128") >= 4
+
+
+@pytest.mark.parametrize(("experts", "k", "tile"), [(64, 6, 1), (256, 8, 128)])
+def test_the_layout_of_rows_leaves_room_for_other_programs(experts: int, k: int, tile: int):
+    wide = {f"{name}_ptr": "*i64" for name in ("expert", "load", "pair", "source", "row", "tile")}
+    types = wide | {f"{name}_ptr": "*i32" for name in ("rank", "count", "before", "ends")} | {"real_ptr": "*fp32"}
+    block = {"E": experts, "X": experts, "B": BLOCK}
+    scan = {"E": experts, "C": SCAN["C"], "X": SCAN["X"]}
+    for kernel, constants, warps in (
+        (_count, block | {"C": STEP}, 4),
+        (_scan, scan, SCAN["num_warps"]),
+        (_place, block | {"K": k, "TILE": tile}, 4),
+    ):
+        made = Compiled(kernel, types, constants, num_warps=warps)
+        made.check()
+        assert made.registers <= 128

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import grouped, log_probs, reference
+from kernels import RoutingRule, grouped, log_probs, reference
 
 
 def check(fast, slow, *inputs, dtype=torch.float32):
@@ -126,16 +126,38 @@ def test_cross_entropy_equals_the_sum_of_a_whole_softmax(dtype, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("group_top", [1, 2])
-def test_routing_equals_the_papers_rule_token_by_token(group_top):
+RULES = [
+    RoutingRule(sigmoid=True, renormalised=True, n_activated=3, n_groups=4, n_limited_groups=2, group_top=2, scale=2.5),
+    RoutingRule(sigmoid=False, renormalised=False, n_activated=3, n_groups=4, n_limited_groups=2, scale=16.0),
+    RoutingRule(sigmoid=False, renormalised=True, n_activated=2),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_routing_equals_the_papers_rule_token_by_token(rule):
     torch.manual_seed(0)
-    n_experts, n_groups, n_limited, k = 16, 4, 2, 3
-    scores, bias = torch.rand(50, n_experts), torch.rand(n_experts) - 0.5
-    chosen = kernels.route(scores, bias, k, n_groups, n_limited, group_top)
+    bias = torch.rand(16) - 0.5
+    _, chosen, scores = kernels.route(torch.randn(50, 16), bias, rule)
     for token in range(50):
         biased = (scores[token] + bias).tolist()
-        groups = [list(range(4 * g, 4 * g + 4)) for g in range(n_groups)]
-        groups.sort(key=lambda group: -sum(sorted((biased[e] for e in group), reverse=True)[:group_top]))
-        allowed = [e for group in groups[:n_limited] for e in group]
-        expected = sorted(allowed, key=lambda e: -biased[e])[:k]
+        groups = torch.arange(16).chunk(rule.n_groups)
+        groups = sorted(groups, key=lambda g: -sum(sorted((biased[e] for e in g), reverse=True)[: rule.group_top]))
+        allowed = torch.cat(groups[: rule.n_limited_groups]).tolist()
+        expected = sorted(allowed, key=lambda e: -biased[e])[: rule.n_activated]
         assert chosen[token].tolist() == expected
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("used", ["gates", "affinities", "both"])
+def test_the_gradient_of_routing_is_its_definitions(rule, used):
+    bias, pull = torch.rand(16) - 0.5, torch.randn(50, 16)
+
+    def weighed(function):
+        def of(logits):
+            gates, _, scores = function(logits, bias, rule)
+            parts = {"gates": gates, "affinities": scores, "both": torch.cat([gates, scores], dim=1)}
+            return parts[used]
+
+        return of
+
+    check(weighed(kernels.route), weighed(reference.route), pull)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+import kernels
 from model import checkpointing
 from model.balance import BalanceWeights
 from model.checkpointing import Recompute
@@ -45,6 +46,7 @@ def forward(model: Transformer, recompute: Recompute) -> torch.Tensor:
     recompute.attach(model)
     tokens_BT = torch.randint(model.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
     document_BT = (torch.arange(LENGTH - 1) > LENGTH // 2).long().expand(BATCH, -1)
+    tokens_BT, document_BT = (x.to(model.embedding.weight.device) for x in (tokens_BT, document_BT))
     with recompute.tape():
         out = model(tokens_BT[:, :-1], document_BT=document_BT)
     loss = -out.log_probs(tokens_BT[:, 1:]).sum() + out.balance_loss(BalanceWeights(1.0))
@@ -118,6 +120,23 @@ def test_the_choice_of_experts_is_kept_and_not_made_again(names):
             module.bias.copy_(torch.randn(V3.n_routed_experts))  # other experts would be chosen now
     loss.backward()
     assert all(torch.equal(parameter.grad, expected[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_block_made_again_chooses_the_same_experts(device, monkeypatch):
+    route, chosen = kernels.route, []
+
+    def observed(*inputs):
+        outputs = route(*inputs)
+        chosen.append(outputs[1])
+        return outputs
+
+    monkeypatch.setattr(kernels, "route", observed)
+    torch.manual_seed(0)
+    model = Transformer(V3).to(device)
+    forward(model, Recompute(("block",))).backward()
+    first, again = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+    assert len(first) == 2 and all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
 
 
 def test_an_input_that_was_changed_in_place_is_noticed():
