@@ -4,18 +4,21 @@
 Triton (`fused`) on CUDA, torch (`eager`) elsewhere.
 """
 
+from kernels.attention import attention, visibility
 from kernels.autograd import apply_rope, keys_and_values, rms_norm, swiglu
 from kernels.dispatch import implementation
 from kernels.eager import NO_TARGET, join_master, split_master
 from kernels.grouped import Permutation, compact, grouped_gemm, layout, permutation, permute, permute_gates, unpermute
 from kernels.inference import routed_experts
 from kernels.log_probs import linear_cross_entropy, linear_log_probs
-from kernels.reference import route
+from kernels.reference import PREFIX, route
 
 __all__ = [
     "NO_TARGET",
+    "PREFIX",
     "Permutation",
     "apply_rope",
+    "attention",
     "compact",
     "grouped_gemm",
     "implementation",
@@ -33,4 +36,5 @@ __all__ = [
     "split_master",
     "swiglu",
     "unpermute",
+    "visibility",
 ]

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.reference import document_mask
+
 NO_TARGET = -1  # as a row's target: the row counts nothing
 
 
@@ -77,6 +79,20 @@ def assemble_keys_backward(grad_key: Tensor, grad_value: Tensor, rotary: int) ->
     """Gradients of `up`, whose last dims are the values, and of the shared part."""
     grad_nope, grad_rope = grad_key.split([grad_key.shape[-1] - rotary, rotary], dim=-1)
     return torch.cat([grad_nope, grad_value], dim=-1), grad_rope.sum(-2)
+
+
+def visibility(document_BT: Tensor) -> Tensor:
+    """`reference.document_mask`, for all heads: [B, 1, T, T]."""
+    return document_mask(document_BT).unsqueeze(1)
+
+
+def attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, mask_B1TT: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v, causal or where the mask is true; differentiable as it stands."""
+    width = v_BHTv.shape[-1]
+    # The fused kernel wants equal widths: zero columns are cheaper than the unfused path (3x).
+    v = F.pad(v_BHTv, (0, q_BHTd.shape[-1] - width)) if width < q_BHTd.shape[-1] else v_BHTv
+    causal = mask_B1TT is None
+    return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v, mask_B1TT, is_causal=causal, scale=scale)[..., :width]
 
 
 def gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:
