@@ -31,7 +31,7 @@ BACKWARD_QUERIES = {
     64: Tile(128, 64, 8, 3),
     128: Tile(128, 64, 8, 2),
     192: Tile(128, 64, 8, 2),
-    256: Tile(64, 64, 8, 1),
+    256: Tile(128, 32, 8, 1),
 }
 BACKWARD_KEYS = {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 2), 192: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 2)}
 FP32 = Tile(32, 32, 4, 1)  # not on tensor cores: for tests

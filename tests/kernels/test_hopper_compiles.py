@@ -1,4 +1,4 @@
-"""The Gluon kernels, compiled for sm_90 where there is no GPU: what the machine code must and must not hold.
+"""The kernels that multiply, compiled for sm_90 where there is no GPU: what the machine code must and must not hold.
 
 A product that spills, or whose tensor-core instructions the assembler has put one behind the other, is right and slow:
 no test of results would tell.
@@ -14,11 +14,13 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from kernels.fp8 import gemm_gluon, quantize, quantize_gluon, wgrad_gluon  # noqa: E402
 from kernels.fp8.hopper import TILES, WGRAD_STAGES, _layout  # noqa: E402
+from kernels.fused import attention, attention_kernels  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = 232448  # bytes that a block may have on sm_90
@@ -33,14 +35,14 @@ def described(dtype: str, rows: int, columns: int) -> str:
 class Compiled:
     """A kernel's machine code: how often instructions occur, what it needs."""
 
-    def __init__(self, kernel, types: dict[str, str], constants: dict, **options: int) -> None:
+    def __init__(self, kernel, types: dict[str, str], constants: dict, source=GluonASTSource, **options: int) -> None:
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
         # As the launcher specialises them: pointers and sizes are multiples of 16 at real shapes.
         aligned = {(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if signature[name][0] in "*i"}
         known = {(at,): constants[name] for at, name in enumerate(names) if name in constants}
-        source = GluonASTSource(fn=kernel, signature=signature, constexprs=known, attrs=aligned)
-        made = triton.compile(source, target=TARGET, options=options)
+        made = source(fn=kernel, signature=signature, constexprs=known, attrs=aligned)
+        made = triton.compile(made, target=TARGET, options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
             file.flush()
@@ -120,3 +122,31 @@ def quantising(kernel, constants: dict) -> Compiled:
     made = Compiled(kernel, types, constants, **options)
     assert made.count(r"STG\.E\.128") >= 4, "a thread's codes of a column are one store"
     return made
+
+
+@pytest.mark.parametrize(("width", "group"), [(192, 1), (128, 1), (128, 4), (64, 1)])
+@pytest.mark.parametrize("name", ["forward", "backward_queries", "backward_keys"])
+def test_attention_multiplies_from_shared_memory_and_lets_products_overlap(name: str, width: int, group: int):
+    tile = {
+        "forward": attention.FORWARD,
+        "backward_queries": attention.BACKWARD_QUERIES,
+        "backward_keys": attention.BACKWARD_KEYS,
+    }[name][width]
+    first, rest = {192: (128, 64), 128: (128, 0), 64: (64, 0)}[width]
+    constants = {"D": first, "E": rest, "V": first, "M": tile.queries, "N": tile.keys}
+    constants |= {"GROUP": group, "STAGES": tile.stages}
+    types = {"scale": "fp32", "lse_ptr": "*fp32", "start_ptr": "*fp32", "spans_ptr": "*i32"}
+    types |= {"start_desc": f"tensordesc<fp32[1, 1, {tile.queries}]>"}
+    types |= dict.fromkeys(("y_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr"), "*bf16")
+    for operand in ("q", "k", "v", "y", "grad"):
+        rows = tile.keys if operand in "kv" else tile.queries
+        types[f"{operand}_desc"] = f"tensordesc<bf16[1, 1, {rows}, {first}]>"
+        types[f"{operand}_rest_desc"] = f"tensordesc<bf16[1, 1, {rows}, {rest}]>"
+    if not rest:
+        constants |= {"q_rest_desc": None, "k_rest_desc": None}
+    made = Compiled(getattr(attention_kernels, name), types, constants, ASTSource, num_warps=tile.warps)
+    made.check()
+    assert made.count("HGMMA") >= 24
+    # Two loops, and a wait for each product whose result is read at once: more means one instruction behind the other.
+    products = {"forward": 2, "backward_queries": 3, "backward_keys": 4}[name]
+    assert made.count(r"WARPGROUP\.DEPBAR\.LE") <= 2 * (products + bool(rest))
