@@ -6,6 +6,7 @@ Heads lie apart in memory and tokens follow the last: there, and in what the ker
 
 import torch
 
+import kernels
 from kernels import fused, reference
 from kernels.reference import PREFIX
 
@@ -94,9 +95,21 @@ def what_nobody_needs_is_not_read():
         assert x[:, :, :32].isfinite().all() and x[:, :, 160:].isfinite().all()
 
 
+def the_operation_is_differentiable():
+    """`kernels.attention`: on CUDA these kernels, on a CPU torch's."""
+    document = documents([(PREFIX, 20), (0, 30), (1, 50)])
+    leaves = [heads(1, 100, number, 24, torch.float32).requires_grad_() for number in (4, 2, 2)]
+    ours = kernels.attention(*leaves, kernels.visibility(document), 0.2)
+    theirs = reference.document_attention(*leaves, document, 0.2)
+    grad = torch.randn_like(theirs)
+    for a, b in zip(*(torch.autograd.grad(y, leaves, grad) for y in (ours, theirs)), strict=True):
+        assert (a - b).norm() <= 2e-6 * b.norm()
+
+
 def main():
     torch.empty, torch.Tensor.new_empty = poisoned(torch.empty), poisoned(torch.Tensor.new_empty)
-    for case in (every_shape_of_documents, every_width, what_nobody_needs_is_not_read):
+    cases = every_shape_of_documents, every_width, what_nobody_needs_is_not_read, the_operation_is_differentiable
+    for case in cases:
         torch.manual_seed(0)
         case()
 
