@@ -153,9 +153,8 @@ def backward_queries(
     y_MV = y_desc.load([batch, head, m0, 0]).reshape(M, V)
     delta_M = tl.sum(grad_MV.to(tl.float32) * y_MV.to(tl.float32), 1)
     lse_M = tl.load(lse_ptr + place.to(tl.int64) * length + m, mask=m < length, other=0.0)
-    start_ptr += place.to(tl.int64) * start_row
-    tl.store(start_ptr + m, -lse_M / scale, mask=m < length)
-    tl.store(start_ptr + (batches * heads).to(tl.int64) * start_row + m, -delta_M, mask=m < length)
+    tl.store(start_ptr + place.to(tl.int64) * start_row + m, -lse_M / scale, mask=m < length)
+    tl.store(start_ptr + (place + batches * heads).to(tl.int64) * start_row + m, -delta_M, mask=m < length)
     q_MD, q_ME = _tile(q_desc, q_rest_desc, batch, head, m0, M, D, E)
     grad_q_MD = tl.zeros((M, D), tl.float32)
     grad_q_ME = tl.zeros((M, E if E > 0 else 1), tl.float32)
