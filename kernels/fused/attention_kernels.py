@@ -206,11 +206,13 @@ def backward_keys(
         first_query = batch * heads * GROUP + query_head
         for masked in tl.static_range(2):
             count = (b - a) + (d - c) if masked else c - b
+            # The addresses of the held tiles' parts, moved out of the loop, would take 40 registers that it needs.
             for at in tl.range(0, count, M, num_stages=STAGES, disable_licm=True):
                 m0 = _over(a + at, b, c) if masked else b + at
                 m = m0 + tl.arange(0, M)
                 q_MD, q_ME = _tile(q_desc, q_rest_desc, batch, query_head, m0, M, D, E)
                 grad_MV = grad_desc.load([batch, query_head, m0, 0]).reshape(M, V)
+                # Both sums start from what is to be taken off them, which then needs no registers of its own.
                 lse_M = start_desc.load([0, first_query, m0]).reshape(M)
                 delta_M = start_desc.load([1, first_query, m0]).reshape(M)
                 s_NM = _scores(k_ND, k_NE, q_MD, q_ME, tl.broadcast_to(lse_M[None, :], (N, M)), E)
