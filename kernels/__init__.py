@@ -4,19 +4,22 @@
 Triton (`fused`) on CUDA, torch (`eager`) elsewhere.
 """
 
+from kernels.attention import attention, visibility
 from kernels.autograd import apply_rope, keys_and_values, rms_norm, route, swiglu
 from kernels.dispatch import implementation
 from kernels.eager import NO_TARGET, join_master, split_master
 from kernels.grouped import Permutation, compact, grouped_gemm, layout, permutation, permute, permute_gates, unpermute
 from kernels.inference import routed_experts
 from kernels.log_probs import linear_cross_entropy, linear_log_probs
-from kernels.reference import RoutingRule
+from kernels.reference import PREFIX, RoutingRule
 
 __all__ = [
     "NO_TARGET",
+    "PREFIX",
     "Permutation",
     "RoutingRule",
     "apply_rope",
+    "attention",
     "compact",
     "grouped_gemm",
     "implementation",
@@ -34,4 +37,5 @@ __all__ = [
     "split_master",
     "swiglu",
     "unpermute",
+    "visibility",
 ]

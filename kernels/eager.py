@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import RoutingRule
+from kernels.reference import RoutingRule, document_mask
 from kernels.reference import route as route
 
 NO_TARGET = -1  # as a row's target: the row counts nothing
@@ -119,6 +119,20 @@ def layout(indices_NK: Tensor, n_experts: int, tile: int) -> tuple[Tensor, ...]:
     expert_L = torch.searchsorted(ends_E, tiles_L, right=True).clamp_max(n_experts - 1)
     source_P = pair_P // indices_NK.shape[1]
     return pair_P, source_P, real_P, row_R, load_E, ends_E.to(torch.int32), expert_L
+
+
+def visibility(document_BT: Tensor) -> Tensor:
+    """`reference.document_mask`, for all heads: [B, 1, T, T]."""
+    return document_mask(document_BT).unsqueeze(1)
+
+
+def attention(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, mask_B1TT: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v, causal or where the mask is true; differentiable as it stands."""
+    width = v_BHTv.shape[-1]
+    # The fused kernel wants equal widths: zero columns are cheaper than the unfused path (3x).
+    v = F.pad(v_BHTv, (0, q_BHTd.shape[-1] - width)) if width < q_BHTd.shape[-1] else v_BHTv
+    causal = mask_B1TT is None
+    return F.scaled_dot_product_attention(q_BHTd, k_BHTd, v, mask_B1TT, is_causal=causal, scale=scale)[..., :width]
 
 
 def gather_sum(y_PD: Tensor, row_R: Tensor, n_tokens: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Each function is differentiable, works in any floating dtype on any device, and accumulates in fp32 where its
 docstring says so. Letters: N rows (tokens), D width, F expert width, E experts, K experts chosen per token,
-P = N·K routed rows, V vocabulary, G expert groups, R rotary dims.
+P = N·K routed rows, V vocabulary, G expert groups, R rotary dims. In attention: B sequences of T tokens, H query heads,
+K key/value heads, d and v the widths of a key and of a value.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PREFIX = -1  # as a document's number: what comes before all documents of a row, and is seen by each
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -38,6 +41,22 @@ def keys_and_values(up: Tensor, rope: Tensor, nope: int) -> tuple[Tensor, Tensor
     the rotated part that all heads share. Returns [..., H, n + R] and [..., H, v]."""
     shared = rope.unsqueeze(-2).expand(*up.shape[:-1], -1)
     return torch.cat([up[..., :nope], shared], dim=-1), up[..., nope:]
+
+
+def document_mask(document_BT: Tensor) -> Tensor:
+    """True where query i may see key j: j ≤ i, and both in the same document or j in the prefix; [B, T, T]."""
+    key_B1T = document_BT[:, None, :]
+    return ((document_BT[:, :, None] == key_B1T) | (key_B1T == PREFIX)).tril()
+
+
+def document_attention(q_BHTd: Tensor, k_BKTd: Tensor, v_BKTv: Tensor, document_BT: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ) v over what `document_mask` shows; the H/K query heads of a group share keys and values.
+    Returns [B, H, T, v]; softmax in fp32."""
+    groups = q_BHTd.shape[1] // k_BKTd.shape[1]
+    k_BHTd, v_BHTv = k_BKTd.repeat_interleave(groups, dim=1), v_BKTv.repeat_interleave(groups, dim=1)
+    scores_BHTT = (q_BHTd @ k_BHTd.mT).float() * scale
+    hidden_B1TT = ~document_mask(document_BT)[:, None]
+    return scores_BHTT.masked_fill(hidden_B1TT, float("-inf")).softmax(-1).to(v_BHTv.dtype) @ v_BHTv
 
 
 class RoutingRule(NamedTuple):

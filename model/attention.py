@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 from infra.errors import ConfigError
@@ -28,12 +27,6 @@ from model.config import ModelConfig
 from model.layers import Linear, RMSNorm
 from model.rope import Rotation, softmax_scale
 
-CUDA_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]  # in order of preference
 LATENT_EPS = 1e-6  # of the norms on the latents: a constant in every published implementation
 
 
@@ -54,9 +47,9 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if normed else None
         self.out = Linear(self.n_heads * self.head_dim, config.d_model)
 
-    def forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> Tensor:
-        """Attend within the sequence: causally, or where `mask_BTT` is true (it must then be causal itself)."""
-        return self._attend(*self._project(x_BTD, rope), mask_BTT)
+    def forward(self, x_BTD: Tensor, rope: Rotation, visible: Tensor | None) -> Tensor:
+        """Attend within the sequence, causally; inside documents where `visible` is `kernels.visibility` of them."""
+        return self._attend(*self._project(x_BTD, rope), visible)
 
     def cache(self, float8: bool = False) -> Cache:
         """An empty cache; ConfigError if it should be float8, which is for MLA's latent."""
@@ -93,10 +86,9 @@ class GroupedQueryAttention(nn.Module):
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def _attend(self, q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, mask_BTT: Tensor | None) -> Tensor:
-        repeats = self.n_heads // self.n_kv_heads
-        k, v = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_BKTd, v_BKTd))
-        return self.out(_attend(q_BHTd, k, v, mask_BTT, self.scale))
+    def _attend(self, q_BHTd: Tensor, k_BKTd: Tensor, v_BKTd: Tensor, visible: Tensor | None) -> Tensor:
+        y_BHTd = kernels.attention(q_BHTd, k_BKTd, v_BKTd, visible, self.scale)
+        return self.out(y_BHTd.transpose(1, 2).flatten(2))
 
 
 class LatentAttention(nn.Module):
@@ -122,10 +114,9 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(self.rank, self.n_heads * (self.nope_dim + self.value_dim))
         self.out = Linear(self.n_heads * self.value_dim, config.d_model)
 
-    def forward(self, x_BTD: Tensor, rope: Rotation, mask_BTT: Tensor | None) -> Tensor:
-        """Attend within the sequence: causally, or where `mask_BTT` is true (it must then be causal itself)."""
-        q, k, v = self.recompute("mla_up", self._up, *self._compress(x_BTD), rope)
-        return self.out(_attend(q, k, v, mask_BTT, self.scale))
+    def forward(self, x_BTD: Tensor, rope: Rotation, visible: Tensor | None) -> Tensor:
+        """Attend within the sequence, causally; inside documents where `visible` is `kernels.visibility` of them."""
+        return self._attend(*self.recompute("mla_up", self._up, *self._compress(x_BTD), rope), visible)
 
     def cache(self, float8: bool = False) -> Cache:
         """An empty cache, its latents in float8 or in the dtype of the activations."""
@@ -136,7 +127,7 @@ class LatentAttention(nn.Module):
         """`forward`, causal, that also fills the cache."""
         q_BTHd, latent_BTL = self._project(x_BTD, rope)
         cache.fill(latent_BTL)
-        return self._attend(q_BTHd, latent_BTL, None)
+        return self._attend(*self._per_head(q_BTHd, latent_BTL), None)
 
     def decode(self, x_BTD: Tensor, step: Step, cache: Cache) -> Tensor:
         """Keep T new tokens a row, then let each see the slots that the step's mask leaves it."""
@@ -176,8 +167,9 @@ class LatentAttention(nn.Module):
         q_BTHd = kernels.apply_rope(q.unflatten(-1, (self.n_heads, -1)), *rope.per_head())
         return q_BTHd, kernels.apply_rope(torch.cat([self.kv_norm(latent), key], dim=-1), *rope)
 
-    def _attend(self, q_BTHd: Tensor, latent_BTL: Tensor, mask_BTT: Tensor | None) -> Tensor:
-        return self.out(_attend(*self._per_head(q_BTHd, latent_BTL), mask_BTT, self.scale))
+    def _attend(self, q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, visible: Tensor | None) -> Tensor:
+        y_BHTv = kernels.attention(q_BHTd, k_BHTd, v_BHTv, visible, self.scale)
+        return self.out(y_BHTv.transpose(1, 2).flatten(2))
 
     def _up(self, q: Tensor, latent: Tensor, key: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         return self._per_head(*self._rotate(q, latent, key, rope))
@@ -188,18 +180,3 @@ class LatentAttention(nn.Module):
         up_BTHU = self.kv_up(latent_BTC).unflatten(-1, (self.n_heads, -1))
         k_BTHd, v_BTHv = kernels.keys_and_values(up_BTHU, key_BTR, self.nope_dim)
         return q_BTHd.transpose(1, 2), k_BTHd.transpose(1, 2), v_BTHv.transpose(1, 2)
-
-
-def _attend(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTv: Tensor, mask_BTT: Tensor | None, scale: float) -> Tensor:
-    """Causal attention, or attention where the mask is true; returns [B, T, H·Vh]."""
-    width = v_BHTv.shape[-1]
-    mask = None if mask_BTT is None else mask_BTT.unsqueeze(1)
-    if q_BHTd.is_cuda and mask is None:
-        # cuDNN's kernel takes values narrower than keys, as MLA has them, and is the fastest on Hopper.
-        with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
-            y = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTv, is_causal=True, scale=scale)
-        return y.transpose(1, 2).flatten(2)
-    # The other fused kernels want equal widths: zero columns are cheaper than the unfused path (3x on CPU).
-    v = F.pad(v_BHTv, (0, q_BHTd.shape[-1] - width)) if width < q_BHTd.shape[-1] else v_BHTv
-    y = F.scaled_dot_product_attention(q_BHTd, k_BHTd, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return y[..., :width].transpose(1, 2).flatten(2)

@@ -23,8 +23,6 @@ from model.moe import Balance, MoE
 from model.rope import Rotation, rotation
 from model.router import Router
 
-PREFIX = -1  # as a document's number: what comes before all documents of a row, and is seen by each
-
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the FFN is dense or a mixture of experts by `layer`."""
@@ -39,14 +37,14 @@ class Block(nn.Module):
         self.ffn = MoE(config) if config.has_experts(layer) else SwiGLU(config.d_model, config.d_ff)
 
     def forward(
-        self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, mask_BTT: Tensor | None
+        self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, visible: Tensor | None
     ) -> tuple[Tensor, Balance | None]:
-        return self.recompute("block", self._forward, x_BTD, tokens_BT, rope, mask_BTT)
+        return self.recompute("block", self._forward, x_BTD, tokens_BT, rope, visible)
 
     def _forward(
-        self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, mask_BTT: Tensor | None
+        self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, visible: Tensor | None
     ) -> tuple[Tensor, Balance | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask_BTT)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, visible)
         h_BTD = self.ffn_norm(x_BTD)
         if isinstance(self.ffn, MoE):
             y_BTD, balance = self.ffn(h_BTD, tokens_BT)
@@ -83,9 +81,9 @@ class MultiTokenPrediction(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
-        self, hidden_BTD: Tensor, embedded_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, mask_BTT: Tensor | None
+        self, hidden_BTD: Tensor, embedded_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, visible: Tensor | None
     ) -> tuple[Tensor, Balance | None]:
-        x_BTD, balance = self.block(self._project(hidden_BTD, embedded_BTD), tokens_BT, rope, mask_BTT)
+        x_BTD, balance = self.block(self._project(hidden_BTD, embedded_BTD), tokens_BT, rope, visible)
         return self.norm(x_BTD), balance
 
     def prefill(
@@ -202,7 +200,7 @@ class Transformer(nn.Module):
         """Predict every next token.
 
         `document_BT` numbers the documents packed into each sequence: attention then stays inside a document. Tokens
-        numbered PREFIX are seen by all that come after them too.
+        numbered `kernels.PREFIX` are seen by all that come after them too.
         `positions_BT` defaults to 0 … T − 1 (RoPE is relative: packed documents need no restart).
         """
         assert tokens_BT.ndim == 2, tokens_BT.shape
@@ -210,10 +208,10 @@ class Transformer(nn.Module):
         embedded_BTD = self.embedding(tokens_BT)
         positions = torch.arange(length, device=tokens_BT.device) if positions_BT is None else positions_BT
         rope = rotation(self.config, positions, embedded_BTD.dtype)
-        mask_BTT = None if document_BT is None else document_mask(document_BT)
+        visible = None if document_BT is None else kernels.visibility(document_BT)
         x_BTD, balances = embedded_BTD, []
         for block in self.blocks:
-            x_BTD, balance = block(x_BTD, tokens_BT, rope, mask_BTT)
+            x_BTD, balance = block(x_BTD, tokens_BT, rope, visible)
             balances.append(balance)
         hidden_BTD = self.norm(x_BTD)
         mtp_hidden: list[Tensor] = []
@@ -221,14 +219,8 @@ class Transformer(nn.Module):
             kept = slice(0, length - depth)
             previous = (mtp_hidden[-1] if mtp_hidden else hidden_BTD)[:, kept]
             short_rope = Rotation(rope.cos[..., kept, :], rope.sin[..., kept, :])
-            short_mask = None if mask_BTT is None else mask_BTT[:, kept, kept]
-            hidden, balance = module(previous, embedded_BTD[:, depth:], tokens_BT[:, depth:], short_rope, short_mask)
+            short_visible = None if document_BT is None else kernels.visibility(document_BT[:, kept])
+            hidden, balance = module(previous, embedded_BTD[:, depth:], tokens_BT[:, depth:], short_rope, short_visible)
             mtp_hidden.append(hidden)
             balances.append(balance)
         return Output(self.config, self.head_weight, hidden_BTD, mtp_hidden, balances)
-
-
-def document_mask(document_BT: Tensor) -> Tensor:
-    """True where query i may see key j: j ≤ i, and both in the same document or j in the prefix; [B, T, T]."""
-    key_B1T = document_BT[:, None, :]
-    return ((document_BT[:, :, None] == key_B1T) | (key_B1T == PREFIX)).tril()

@@ -50,7 +50,7 @@ class Case:
 
     def run(self) -> dict[str, Any]:
         """The row of results: what each reached, ours over each anchor, and the errors."""
-        errors = {candidate.name: self._error(candidate) for candidate in self.candidates}
+        errors = {candidate.name: self.error(candidate) for candidate in self.candidates}
         graphs = {candidate.name: captured(candidate.call) for candidate in self.candidates}
         times: dict[str, list[float]] = {name: [] for name in graphs}
         for _ in range(ROUNDS):
@@ -67,7 +67,8 @@ class Case:
         print(line(row), flush=True)
         return row
 
-    def _error(self, candidate: Candidate) -> float | None:
+    def error(self, candidate: Candidate) -> float | None:
+        """How far a candidate is from what is expected, relatively; an AssertionError if too far."""
         if candidate.into is not None:
             candidate.into.fill_(0.0 if candidate.adds else float("nan"))
         out = candidate.call()

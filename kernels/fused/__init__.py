@@ -1,10 +1,11 @@
-"""The memory-bound operations as Triton kernels: one pass over device memory each, sums in fp32, no atomics.
+"""Operations as Triton kernels: sums in fp32, no atomics. The memory-bound ones take one pass over device memory each.
 
 Same names and signatures as `kernels.eager`, which defines what they compute; `kernels.dispatch` chooses between the
 two. Plain `triton.language` alone, so that the CPU tests run them under Triton's interpreter.
 """
 
 from kernels.fused.adamw import adamw_step
+from kernels.fused.attention import document_attention, document_attention_backward, visibility
 from kernels.fused.cross_entropy import cross_entropy_gradient
 from kernels.fused.keys import assemble_keys, assemble_keys_backward
 from kernels.fused.layout import layout
@@ -19,6 +20,8 @@ __all__ = [
     "assemble_keys",
     "assemble_keys_backward",
     "cross_entropy_gradient",
+    "document_attention",
+    "document_attention_backward",
     "gather_sum",
     "layout",
     "rms_norm",
@@ -28,4 +31,5 @@ __all__ = [
     "route_backward",
     "swiglu",
     "swiglu_backward",
+    "visibility",
 ]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from model.transformer import PREFIX, Transformer
+from model.transformer import Transformer
 from stages.rl.rollout import Rollout
 
 SHARED = 8
@@ -35,7 +35,7 @@ class MicroBatch:
 
     tokens_XW: Tensor  # int64
     positions_XW: Tensor  # int64
-    document_XW: Tensor | None  # int64, PREFIX for the prompt
+    document_XW: Tensor | None  # int64, kernels.PREFIX for the prompt
     source_N: Tensor  # int64, which of the X·W states predicts the token
     targets_N: Tensor  # int64
     mask_BR: Tensor  # bool, true on reply tokens: N of them, in the order of source_N and targets_N
@@ -92,7 +92,7 @@ def _micro_batch(rows: list[list[Advantaged]], pad: int, device: torch.device | 
     items = [item for row in rows for item in row]
     tokens_XW = torch.full((len(rows), width), pad, dtype=torch.int64)
     positions_XW = torch.arange(width).repeat(len(rows), 1)
-    document_XW = torch.full((len(rows), width), PREFIX, dtype=torch.int64)
+    document_XW = torch.full((len(rows), width), kernels.PREFIX, dtype=torch.int64)
     mask_BR = torch.zeros(len(items), max(len(rollout.tokens) for rollout, _ in items), dtype=torch.bool)
     engine_BR = torch.zeros(mask_BR.shape)
     source: list[int] = []

@@ -127,7 +127,7 @@ def test_shapes_that_cannot_be_copied_are_refused_by_name():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("script", ["interpret_fp8.py", "interpret_fused.py"])
+@pytest.mark.parametrize("script", ["interpret_fp8.py", "interpret_fused.py", "interpret_attention.py"])
 def test_every_kernel_equals_its_reference_on_the_device(script: str):
     program = [sys.executable, Path(__file__).with_name(script)]
     done = subprocess.run(program, capture_output=True, text=True, timeout=240)  # a hung kernel is killed

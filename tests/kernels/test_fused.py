@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_every_fused_kernel_equals_its_eager_twin_under_the_interpreter():
-    script = Path(__file__).with_name("interpret_fused.py")
+@pytest.mark.parametrize("script", ["interpret_fused.py", "interpret_attention.py"])
+def test_every_fused_kernel_equals_its_twin_in_torch_under_the_interpreter(script):
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, Path(__file__).with_name(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -20,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from kernels.fp8 import gemm_gluon, quantize, quantize_gluon, wgrad_gluon  # noqa: E402
 from kernels.fp8.hopper import TILES, WGRAD_STAGES, _layout  # noqa: E402
-from kernels.fused import router  # noqa: E402
+from kernels.fused import attention, attention_kernels, router  # noqa: E402
 from kernels.fused.layout import BLOCK, SCAN, STEP, _count, _place, _scan  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -155,3 +155,31 @@ def test_the_layout_of_rows_leaves_room_for_other_programs(experts: int, k: int,
         made = Compiled(kernel, types, constants, num_warps=warps)
         made.check()
         assert made.registers <= 128
+
+
+@pytest.mark.parametrize(("width", "group"), [(192, 1), (128, 1), (128, 4), (64, 1)])
+@pytest.mark.parametrize("name", ["forward", "backward_queries", "backward_keys"])
+def test_attention_multiplies_from_shared_memory_and_lets_products_overlap(name: str, width: int, group: int):
+    tile = {
+        "forward": attention.FORWARD,
+        "backward_queries": attention.BACKWARD_QUERIES,
+        "backward_keys": attention.BACKWARD_KEYS,
+    }[name][width]
+    first, rest = {192: (128, 64), 128: (128, 0), 64: (64, 0)}[width]
+    constants = {"D": first, "E": rest, "V": first, "M": tile.queries, "N": tile.keys}
+    constants |= {"GROUP": group, "STAGES": tile.stages}
+    types = {"scale": "fp32", "lse_ptr": "*fp32", "start_ptr": "*fp32", "spans_ptr": "*i32"}
+    types |= {"start_desc": f"tensordesc<fp32[1, 1, {tile.queries}]>"}
+    types |= dict.fromkeys(("y_ptr", "grad_q_ptr", "grad_k_ptr", "grad_v_ptr"), "*bf16")
+    for operand in ("q", "k", "v", "y", "grad"):
+        rows = tile.keys if operand in "kv" else tile.queries
+        types[f"{operand}_desc"] = f"tensordesc<bf16[1, 1, {rows}, {first}]>"
+        types[f"{operand}_rest_desc"] = f"tensordesc<bf16[1, 1, {rows}, {rest}]>"
+    if not rest:
+        constants |= {"q_rest_desc": None, "k_rest_desc": None}
+    made = Compiled(getattr(attention_kernels, name), types, constants, num_warps=tile.warps)
+    made.check()
+    assert made.count("HGMMA") >= 24
+    # Two loops, and a wait for each product whose result is read at once: more means one instruction behind the other.
+    products = {"forward": 2, "backward_queries": 3, "backward_keys": 4}[name]
+    assert made.count(r"WARPGROUP\.DEPBAR\.LE") <= 2 * (products + bool(rest))

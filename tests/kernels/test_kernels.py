@@ -62,6 +62,21 @@ def test_keys_and_values_equal_their_definition(dtype):
     check(both(kernels.keys_and_values), both(reference.keys_and_values), up, rope, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_equals_its_definition_causal_and_inside_documents(packed, dtype):
+    prefix = kernels.PREFIX
+    document = torch.tensor([[prefix] * 9 + [0] * 20 + [1] * 31, [3] * 59 + [4]]) if packed else torch.zeros(2, 60)
+    q, k, v = (torch.randn(2, 60, heads, width).to(dtype) for heads, width in ((4, 24), (2, 24), (2, 16)))
+
+    def laid_out(function):
+        return lambda *operands: function(*(x.transpose(1, 2) for x in operands)).transpose(1, 2)
+
+    visible = kernels.visibility(document) if packed else None
+    fast = laid_out(lambda q, k, v: kernels.attention(q, k, v, visible, 0.2))
+    check(fast, laid_out(lambda q, k, v: reference.document_attention(q, k, v, document, 0.2)), q, k, v, dtype=dtype)
+
+
 @pytest.mark.parametrize("tile", [1, 16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_routed_experts_equal_a_loop_over_tokens_in_every_layout(tile, dtype):
