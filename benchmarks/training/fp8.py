@@ -114,7 +114,8 @@ def main() -> None:
     parser.add_argument("--commit", help="of the tree, where it is no checkout")
     arguments = parser.parse_args()
     folder = arguments.runs or arguments.out
-    folder.mkdir(parents=True, exist_ok=True)
+    for made in (folder, arguments.out):
+        made.mkdir(parents=True, exist_ok=True)
     for seed in arguments.seeds:
         for precision in arguments.precisions:
             kept = folder / f"fp8_run_{precision}_{seed}.json"
