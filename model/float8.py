@@ -8,9 +8,12 @@ belong to its attention and stay as they are.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from infra.errors import ConfigError
 from kernels import fp8
@@ -70,6 +73,18 @@ def use_float8(model: nn.Module, always: bool = False) -> None:
             if not sharded:
                 weight.quantized = float8.of
         module.float8 = float8
+    _watch_optimizers()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Have an optimiser's step change the versions of its weights: torch's fused ones leave them as they are."""
+
+    def stepped(optimizer: Optimizer, *_: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        increment_version([weight for weight in weights if hasattr(weight, "quantized")])
+
+    register_optimizer_step_post_hook(stepped)
 
 
 def refresh(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from kernels.fp8 import reference
 from model.config import ModelConfig
 from model.float8 import use_float8
 from model.generate import Generator
+from model.optimizer import build_optimizer
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -30,6 +31,26 @@ def test_a_model_that_only_trains_in_float8_infers_exactly(model):
     assert torch.equal(model(tokens_BT).logits_BTV, exact_BTV)
     trained_BTV = model.train()(tokens_BT).logits_BTV
     assert 0.001 < (trained_BTV - exact_BTV).norm() / exact_BTV.norm() < 0.2
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        build_optimizer,
+        lambda model, rate: torch.optim.AdamW(model.parameters(), rate),
+        lambda model, rate: torch.optim.AdamW(model.parameters(), rate, fused=True),
+    ],
+    ids=["ours", "torch", "fused"],
+)
+def test_no_optimizer_leaves_a_stale_weight(model, optimizer):
+    use_float8(model.train())
+    steps, tokens_BT = optimizer(model, 0.1), torch.randint(64, (2, 20))
+    model(tokens_BT).logits_BTV.square().mean().backward()
+    steps.step()
+    fresh = Transformer(CONFIG)
+    fresh.load_state_dict(model.state_dict())
+    use_float8(fresh)
+    assert torch.equal(model(tokens_BT).logits_BTV, fresh(tokens_BT).logits_BTV)
 
 
 def test_a_served_model_quantises_its_weights_once_and_decodes_what_it_scores(model, monkeypatch):
