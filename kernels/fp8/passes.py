@@ -1,18 +1,25 @@
-"""The forward and backward passes of float8 layers on tensors alone, each one step to autograd. Letters as in
-`kernels.fp8.reference`."""
+"""The forward and backward passes of float8 layers on tensors alone, each one step to autograd and to `torch.compile`.
+
+A compiler cannot look into a pass, which launches kernels through descriptors and remembers quantised weights. So each
+is an operator too (`fathom::fp8_…`), opaque, and its fake says what it returns. An eager program calls the function
+itself: the dispatcher would take some 25 microseconds more of the host's time. Letters as in `kernels.fp8.reference`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.dispatch import implementation
 from kernels.fp8.dispatch import products, quantizer
-from kernels.fp8.formats import BLOCK, Blocks, Rows, Weight
+from kernels.fp8.formats import ALIGNMENT, BLOCK, FLOAT8, Blocks, Rows, Weight
 from kernels.grouped import Permutation
+
+Pass = Callable[..., list[Tensor]]
 
 
 def quantized(weight: Tensor) -> Weight:
@@ -67,12 +74,48 @@ class _Products:
         return implementation(y_PD).gather_sum(y_PD, self._order.row_R, n_tokens)
 
 
+def _traceable(fake: Pass) -> Callable[[Pass], Pass]:
+    """Makes a pass an operator in traced programs; `fake` returns tensors of the same shapes, strides and dtypes."""
+
+    def wrap(function: Pass) -> Pass:
+        # The tag: a recorded CUDA graph would go on with the forms that a weight had then.
+        name, tags = f"fathom::fp8_{function.__name__}", (torch.Tag.cudagraph_unsafe,)
+        operator = torch.library.custom_op(name, function, mutates_args=(), tags=tags)
+        operator.register_fake(fake)
+
+        @wraps(function)
+        def either(*inputs: Any) -> list[Tensor]:
+            return operator(*inputs) if torch.compiler.is_compiling() else function(*inputs)
+
+        return either
+
+    return wrap
+
+
+def _fake_across(x: Tensor, m: int, k: int) -> Rows:
+    """As `quantize_across` returns of [m, k]."""
+    wide = x.new_empty(k, -(-m // ALIGNMENT) * ALIGNMENT, dtype=FLOAT8)
+    return Rows(wide[:, :m], x.new_empty(-(-m // BLOCK), k, dtype=torch.float32))
+
+
+def _fake_linear(x_MK: Tensor, weight_NK: Tensor, power_of_two: bool, keep: bool) -> list[Tensor]:
+    return [x_MK.new_empty(len(x_MK), len(weight_NK)), *(_fake_across(x_MK, *x_MK.shape) if keep else ())]
+
+
+@_traceable(_fake_linear)
 def linear(x_MK: Tensor, weight_NK: Tensor, power_of_two: bool, keep: bool) -> list[Tensor]:
     """x Wᵀ in x's dtype; with `keep` also what the backward pass reads, x's codes and scales."""
     rows, across = quantizer(x_MK.device).quantize(x_MK, across=keep, power_of_two=power_of_two)
     return [products(x_MK.device).gemm(rows, quantized(weight_NK).forward, x_MK.dtype), *(across or ())]
 
 
+def _fake_linear_backward(
+    grad_MN: Tensor, weight_NK: Tensor, kept: Sequence[Tensor], power_of_two: bool
+) -> list[Tensor]:
+    return [grad_MN.new_empty(len(grad_MN), weight_NK.shape[1]), weight_NK.new_empty(weight_NK.shape)]
+
+
+@_traceable(_fake_linear_backward)
 def linear_backward(grad_MN: Tensor, weight_NK: Tensor, kept: Sequence[Tensor], power_of_two: bool) -> list[Tensor]:
     """The gradients of x and of the weight, in its dtype."""
     device = grad_MN.device
@@ -81,6 +124,23 @@ def linear_backward(grad_MN: Tensor, weight_NK: Tensor, kept: Sequence[Tensor], 
     return [grad_MK, products(device).wgrad(across, Rows(*kept), weight_NK.dtype)]
 
 
+def _fake_swiglu(
+    x_ND: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gates_NK: Tensor | None,
+    order: Sequence[Tensor],
+    power_of_two: bool,
+    keep: bool,
+) -> list[Tensor]:
+    y_ND, p = x_ND.new_empty(len(x_ND), down.shape[-2]), len(order[0]) if order else len(x_ND)
+    if not keep:
+        return [y_ND]
+    gates = () if gates_NK is None else (gates_NK.new_empty(p),)
+    return [y_ND, *_fake_across(x_ND, p, x_ND.shape[1]), x_ND.new_empty(p, gate_up.shape[-2]), *gates]
+
+
+@_traceable(_fake_swiglu)
 def swiglu(
     x_ND: Tensor,
     gate_up: Tensor,
@@ -110,6 +170,19 @@ def _to_rows(gates_NK: Tensor, order: Order) -> Tensor:
     return gates_P.index_copy_(0, order.row_R, gates_NK.flatten())
 
 
+def _fake_swiglu_backward(
+    grad_ND: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    kept: Sequence[Tensor],
+    order: Sequence[Tensor],
+    power_of_two: bool,
+) -> list[Tensor]:
+    made = [grad_ND.new_empty(len(grad_ND), gate_up.shape[-1]), *(w.new_empty(w.shape) for w in (gate_up, down))]
+    return made + [gates_P.new_empty(len(Order(*order).row_R)).view(len(grad_ND), -1) for gates_P in kept[3:]]
+
+
+@_traceable(_fake_swiglu_backward)
 def swiglu_backward(
     grad_ND: Tensor,
     gate_up: Tensor,
