@@ -54,7 +54,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, scale_N: Tensor | None) -> tu
         grad = grad * scale_N.to(grad.dtype).unsqueeze(-1)
     out = torch.empty_like(gate_up)
     grad_gate, grad_up = out.chunk(2, dim=-1)
-    torch.mul(grad, silu, out=grad_up)
+    grad_up.copy_(silu.mul_(grad))
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
     return out, grad_scale_N
 
@@ -149,7 +149,7 @@ def cross_entropy_gradient(logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor
     grad_nV = logits32_nV.sub_(logsumexp_n1).exp_()
     grad_nV.scatter_add_(1, targets_n1, torch.full_like(logsumexp_n1, -1.0))
     none_n = targets_n == NO_TARGET
-    if none_n.any():
+    if torch.compiler.is_compiling() or none_n.any():  # compiled code does not branch on numbers
         loss_n, grad_nV = loss_n.masked_fill(none_n, 0.0), grad_nV.masked_fill_(none_n[:, None], 0.0)
     return loss_n, grad_nV.to(logits_nV.dtype)
 

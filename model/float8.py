@@ -8,9 +8,12 @@ belong to its attention and stay as they are.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from infra.errors import ConfigError
 from kernels import fp8
@@ -24,14 +27,12 @@ class Float8:
         self.always = always
         self._made: dict[int, _Made] = {}  # by the weight
 
-    def of(self, *weights: Tensor) -> tuple[fp8.Weight, ...]:
-        return tuple(map(self._of, weights))
-
     def refresh(self) -> None:
         """Quantise again what has been asked for before and has changed."""
-        self.of(*(made.weight for made in self._made.values()))
+        for made in list(self._made.values()):
+            self.of(made.weight)
 
-    def _of(self, weight: Tensor) -> fp8.Weight:
+    def of(self, weight: Tensor) -> fp8.Weight:
         state = weight.data_ptr(), weight._version
         made = self._made.get(id(weight))
         if made is None or made.state != state:
@@ -58,16 +59,32 @@ def use_float8(model: nn.Module, always: bool = False) -> None:
     Raises ConfigError if a width is no multiple of 16.
     """
     head = getattr(model, "head", None)
+    sharded = any(hasattr(module, "unshard") for module in model.modules())  # FSDP2: weights may lie gathered by now
     for name, module in model.named_modules():
         if not hasattr(module, "float8") or module is head:
             continue
+        float8 = Float8(always)
         for part, weight in module.named_parameters(recurse=False):
             if weight.ndim > 1 and any(size % fp8.ALIGNMENT for size in weight.shape[-2:]):
                 raise ConfigError(
                     f"{name}.{part} is {list(weight.shape)}: precision fp8 wants both its widths to be multiples of "
                     f"{fp8.ALIGNMENT}; change the model's widths, or train in bf16"
                 )
-        module.float8 = Float8(always)
+            if not sharded:
+                weight.quantized = float8.of
+        module.float8 = float8
+    _watch_optimizers()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Have an optimiser's step change the versions of its weights: torch's fused ones leave them as they are."""
+
+    def stepped(optimizer: Optimizer, *_: Any) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        increment_version([weight for weight in weights if hasattr(weight, "quantized")])
+
+    register_optimizer_step_post_hook(stepped)
 
 
 def refresh(model: nn.Module) -> None:

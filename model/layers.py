@@ -25,7 +25,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not in_float8(self):
             return F.linear(x, self.weight, self.bias)
-        y = fp8.linear(x, self.weight, *self.float8.of(self.weight))
+        y = fp8.linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -57,5 +57,4 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not in_float8(self):
             return self.down(self.recompute("swiglu", kernels.swiglu, self.gate_up(x)))
-        weights = self.gate_up.weight, self.down.weight
-        return fp8.swiglu_linear(x, *weights, self.float8.of(*weights))
+        return fp8.swiglu_linear(x, self.gate_up.weight, self.down.weight)

@@ -55,8 +55,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, gates_NK: Tensor, order: kernels.Permutation) -> Tensor:
         if in_float8(self):
-            weights = self.gate_up, self.down
-            return fp8.experts(x_ND, gates_NK, *weights, self.float8.of(*weights), order)
+            return fp8.experts(x_ND, gates_NK, self.gate_up, self.down, order)
         x_PD = kernels.permute(x_ND, order)
         gates_P = kernels.permute_gates(gates_NK, order)
         gate_up_P2F = kernels.grouped_gemm(x_PD, self.gate_up, order)

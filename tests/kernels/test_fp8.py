@@ -61,7 +61,7 @@ def test_a_linear_layer_and_its_gradients_are_those_of_the_quantised_operands(sh
     m, n, k = shape
     x = torch.randn(m, k, requires_grad=True)
     weight = torch.randn(n, k, requires_grad=True)
-    y = fp8.linear(x, weight, quantized(weight))
+    y = fp8.linear(x, weight)
     grad = torch.randn(m, n)
     y.backward(grad)
 
@@ -81,7 +81,7 @@ def test_a_swiglu_layer_is_near_the_exact_one_forwards_and_backwards():
     exact = [t.clone().requires_grad_() for t in (x, gate_up, down)]
     F.linear(kernels.swiglu(F.linear(exact[0], exact[1])), exact[2]).backward(grad)
     ours = [t.clone().requires_grad_() for t in (x, gate_up, down)]
-    y = fp8.swiglu_linear(*ours, (quantized(gate_up), quantized(down)))
+    y = fp8.swiglu_linear(*ours)
     y.backward(grad)
     assert relative(y.detach(), F.linear(kernels.swiglu(F.linear(x, gate_up)), down)) < 0.07
     for a, b in zip(ours, exact, strict=True):
@@ -107,8 +107,7 @@ def test_experts_are_near_the_exact_ones_and_an_idle_expert_learns_nothing():
             )
             y = kernels.unpermute(kernels.grouped_gemm(hidden, inputs[3], order), order, n)
         else:
-            both = quantized(gate_up), quantized(down)
-            y = fp8.experts(*inputs, both, layout(indices, e, tile=fp8.BLOCK))
+            y = fp8.experts(*inputs, layout(indices, e, tile=fp8.BLOCK))
         y.backward(grad)
         return [y.detach(), *(t.grad for t in inputs)]
 
@@ -121,9 +120,7 @@ def test_experts_are_near_the_exact_ones_and_an_idle_expert_learns_nothing():
 def test_shapes_that_cannot_be_copied_are_refused_by_name():
     weight = torch.randn(24, 40)
     with pytest.raises(ValueError, match=r"weight \[24, 40\].*multiple of 16"):
-        fp8.linear(torch.randn(4, 40), weight, quantized(weight))
-    with pytest.raises(ValueError, match="quantized is of"):
-        fp8.linear(torch.randn(4, 32), torch.randn(16, 32), quantized(torch.randn(32, 32)))
+        fp8.linear(torch.randn(4, 40), weight)
 
 
 @pytest.mark.gpu

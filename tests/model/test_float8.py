@@ -1,12 +1,16 @@
 """Which layers compute in float8 and when; what the products are is `tests/kernels/test_fp8.py`'s."""
 
+import copy
+
 import pytest
 import torch
 
+from kernels import fp8
 from kernels.fp8 import reference
 from model.config import ModelConfig
 from model.float8 import use_float8
 from model.generate import Generator
+from model.optimizer import build_optimizer
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -30,6 +34,70 @@ def test_a_model_that_only_trains_in_float8_infers_exactly(model):
     assert torch.equal(model(tokens_BT).logits_BTV, exact_BTV)
     trained_BTV = model.train()(tokens_BT).logits_BTV
     assert 0.001 < (trained_BTV - exact_BTV).norm() / exact_BTV.norm() < 0.2
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        build_optimizer,
+        lambda model, rate: torch.optim.AdamW(model.parameters(), rate),
+        lambda model, rate: torch.optim.AdamW(model.parameters(), rate, fused=True),
+    ],
+    ids=["ours", "torch", "fused"],
+)
+def test_no_optimizer_leaves_a_stale_weight(model, optimizer):
+    use_float8(model.train())
+    steps, tokens_BT = optimizer(model, 0.1), torch.randint(64, (2, 20))
+    model(tokens_BT).logits_BTV.square().mean().backward()
+    steps.step()
+    fresh = Transformer(CONFIG)
+    fresh.load_state_dict(model.state_dict())
+    use_float8(fresh)
+    assert torch.equal(model(tokens_BT).logits_BTV, fresh(tokens_BT).logits_BTV)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("aot_eager", "cpu"),
+        pytest.param("inductor", "cpu", marks=pytest.mark.slow),
+        pytest.param("inductor", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_a_compiled_model_is_one_graph_that_learns_as_an_eager_one(monkeypatch, backend, device):
+    """Both begin each step with the same weights: float8 makes much of another order of sums."""
+    made, module = [], fp8.quantizer(torch.device(device))
+    quantize = module.quantize_weight
+    monkeypatch.setattr(module, "quantize_weight", lambda w, **options: made.append(w) or quantize(w, **options))
+    torch.manual_seed(0)
+    eager = Transformer(CONFIG.replace(n_mtp=0)).to(device)
+    if device == "cuda":
+        for weight in eager.low_precision_weights():
+            weight.data = weight.data.bfloat16()
+    models = eager, copy.deepcopy(eager)
+    for model in models:
+        use_float8(model)
+
+    def loss_of(model: Transformer, tokens_BT: torch.Tensor) -> torch.Tensor:
+        return -model(tokens_BT[:, :-1]).log_probs(tokens_BT[:, 1:]).mean()
+
+    compiled_loss_of = torch.compile(loss_of, backend=backend, fullgraph=True)
+    for step in range(2):
+        for micro in range(2):
+            tokens_BT = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(2 * step + micro)).to(device)
+            losses = []
+            for call, model in zip((loss_of, compiled_loss_of), models, strict=True):
+                made.clear()
+                losses.append(call(model, tokens_BT))
+                losses[-1].backward()
+                assert len(made) == (0 if micro else 12), "each weight is quantised once a step"
+            torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+        ours, theirs = (torch.cat([weight.grad.float().flatten() for weight in m.parameters()]) for m in models)
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        torch.optim.SGD(eager.parameters(), lr=0.3).step()
+        models[1].load_state_dict(eager.state_dict())
+        for model in models:
+            model.zero_grad()
 
 
 def test_a_served_model_quantises_its_weights_once_and_decodes_what_it_scores(model, monkeypatch):

@@ -1,11 +1,6 @@
-"""A real, small tokens artifact, micro models, and processes of their own, that every training test shares."""
+"""A real, small tokens artifact and micro models that every training test shares."""
 
-import multiprocessing
-import socket
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -112,45 +107,3 @@ def make_job(tokens_dir: Path, tmp_path: Path):
         return TrainJob(**values | changes)
 
     return make
-
-
-PRELUDE = "import os, torch\nos.environ |= environment\ntorch.set_num_threads(1)\n"
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., BaseProcess]]:
-    """start(program, **names): a process that runs the program with those names defined.
-
-    It is forked from a server that has imported torch and nothing else has run in: seconds less than a new interpreter.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stages.training.trainer"])
-    running = []
-
-    def run(program: str, environment: dict[str, str] | None = None, **names: object) -> BaseProcess:
-        source = PRELUDE + textwrap.dedent(program)
-        process = context.Process(target=exec, args=(source, {"environment": environment or {}, **names}))
-        process.start()
-        running.append(process)
-        return process
-
-    yield run
-    for process in running:
-        process.kill()
-
-
-@pytest.fixture
-def run_ranks(start) -> Callable[..., None]:
-    """run_ranks(program, world, **names): the program in `world` processes with torchrun's environment, to its end."""
-
-    def run(program: str, world: int = 2, **names: object) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [start(program, shared | {"RANK": str(rank), "LOCAL_RANK": "0"}, **names) for rank in range(world)]
-        for process in ranks:
-            process.join(timeout=120)
-        assert [process.exitcode for process in ranks] == [0] * world
-
-    return run
