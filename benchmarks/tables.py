@@ -1,7 +1,7 @@
-"""Writes the README's benchmark tables anew from the kept results, so that no figure there is typed by hand.
+"""Writes the benchmark tables of DOCUMENTS anew from the kept results, so that no figure there is typed by hand.
 
-    python benchmarks/tables.py            rewrite README.md
-    python benchmarks/tables.py --check    exit 1 if it would change
+    python benchmarks/tables.py            rewrite them
+    python benchmarks/tables.py --check    exit 1 if one would change
 
 A table stands between `<!-- results: AREA/NAME -->` and `<!-- end of results -->` and shows
 benchmarks/AREA/results/NAME.json: a row a case and metric, ours, and our ratio to every anchor.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks/kernels/README.md")
 TABLE = re.compile(r"(<!-- results: (\w+)/(\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -49,12 +50,12 @@ def rewritten(text: str) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = rewritten(text)
+    texts = {document: document.read_text() for document in DOCUMENTS}
+    changed = {document: new for document, text in texts.items() if (new := rewritten(text)) != text}
     if "--check" in sys.argv[1:]:
-        return int(new != text)
-    readme.write_text(new)
+        return int(bool(changed))
+    for document, new in changed.items():
+        document.write_text(new)
     return 0
 
 

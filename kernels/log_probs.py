@@ -82,7 +82,7 @@ class _Gradients:
     def add(self, part: slice, grad_nV: Tensor) -> None:
         torch.mm(grad_nV, self._weight_VD, out=self.x_ND[part])
         x_nD = self._x_ND[part]
-        if x_nD.dtype != torch.float32 and x_nD.is_cuda:
+        if x_nD.dtype != torch.float32 and x_nD.is_cuda and not torch.compiler.is_compiling():  # it can't trace this
             torch.addmm(self.weight_VD, grad_nV.T, x_nD, out_dtype=torch.float32, out=self.weight_VD)
         else:
             self.weight_VD += grad_nV.T @ x_nD

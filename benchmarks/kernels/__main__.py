@@ -1,7 +1,7 @@
 """Every kernel against its anchors on one GPU, each area in a process of its own with a time limit: a kernel that hangs
 costs its area, not the machine.
 
-    python -m benchmarks.kernels [dense grouped wgrad memory attention_fwd attention_bwd] [--out FOLDER]
+    python -m benchmarks.kernels [AREA …] [--out FOLDER]
 
 Anchors that are not installed are left out: DeepGEMM (built beside the project, on PYTHONPATH) and Liger. Prints time,
 speed and the ratio to every anchor, writes results/AREA.json, and draws a roofline of the products.
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.kernels import attention, memory, products, roofline
+from benchmarks.kernels import attention, loss, memory, products, roofline
 
 AREAS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
     **products.AREAS,
     "memory": memory.memory,
+    "loss": loss.loss,
     **attention.AREAS,
 }
 SECONDS = 240  # of an area, the kernels' compilation included

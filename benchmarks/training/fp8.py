@@ -126,7 +126,7 @@ def main() -> None:
     rows = []
     for (precision, seed), found in by.items():
         if precision == "fp8" and (exact := by.get(("bf16", seed))):
-            case = f"train fp8, {found['parameters'] / 1e6:.0f}M, {found['tokens'] / 1e6:.0f}M tokens, seed {seed}"
+            case = f"loss fp8, {found['parameters'] / 1e6:.0f}M, {found['tokens'] / 1e6:.0f}M tokens, seed {seed}"
             ratio = exact["final_loss"] / found["final_loss"]
             rows.append({"case": case, "metric": "1 / final loss, of bf16's", "ours": ratio, "anchors": {"bf16": 1.0}})
             speeds = found["tokens_per_second"], exact["tokens_per_second"]

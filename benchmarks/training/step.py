@@ -229,33 +229,29 @@ def main() -> None:
 
 
 def rows_of(name: str, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Speed and memory of ours in bf16 against the peers, and of ours in fp8 against these and our bf16."""
-    bf16 = [row for case, row in found.items() if case in ("ours", "ours_again")]
+    """Speed and memory of ours in bf16 (the slower of its two runs) against the peers, and of ours in fp8 against these
+    and our bf16."""
     peers_found = {case: row for case, row in found.items() if not case.startswith("ours")}
-    rows = []
-    for label, ours, anchors in (
-        ("", bf16, peers_found),
-        (" fp8", [found[case] for case in ("ours_fp8",) if case in found], {"bf16": slower(bf16), **peers_found}),
-    ):
+    runs = [found[case] for case in ("ours", "ours_again") if case in found]
+    compared = []
+    if runs:
+        bf16 = min(runs, key=lambda row: row["tokens_per_second"])
+        compared.append(("", bf16, peers_found))
+        if "ours_fp8" in found:
+            compared.append((" fp8", found["ours_fp8"], {"bf16": bf16, **peers_found}))
+    return [
+        {
+            "case": f"train_step{label} {name} {LAYERS[name]}, {BATCH}x{LENGTH} tokens",
+            "metric": metric,
+            "ours": value(ours),
+            "anchors": {case: value(row) for case, row in anchors.items()},
+        }
+        for label, ours, anchors in compared
         for metric, value in (
             ("tokens_per_second", lambda row: row["tokens_per_second"]),
             ("1 / peak GiB", lambda row: 1 / row["peak_gib"]),
-        ):
-            if ours:
-                rows.append(
-                    {
-                        "case": f"train_step{label} {name} {LAYERS[name]}, {BATCH}x{LENGTH} tokens",
-                        "metric": metric,
-                        "ours": value(slower(ours)),
-                        "anchors": {case: value(row) for case, row in anchors.items() if row},
-                    }
-                )
-    return rows
-
-
-def slower(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of our first and our last run."""
-    return min(runs, key=lambda row: row["tokens_per_second"], default=None)
+        )
+    ]
 
 
 if __name__ == "__main__":
