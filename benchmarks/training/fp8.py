@@ -5,8 +5,8 @@
 
 Runs the trainer itself, each precision in turn; a run that is kept in --runs already is not made again. The final
 loss is the mean over the last tenth of the steps. `bf16_again` is bf16 in micro-batches half as large: its sums are
-rounded otherwise and nothing else is, so what it differs by is chance. Writes results/fp8_loss.json and its plot beside this file, or into
---out.
+rounded otherwise and nothing else is, so what it differs by is chance. Writes results/fp8_loss.json and its plot beside
+this file, or into --out.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from glob import glob
@@ -25,6 +25,16 @@ BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 1000
 
 
+Convert = Callable[[Any, str, str], str]
+
+
+def plain_text(value: Any, field: str, where: str) -> str:
+    """What a document's field must hold; other sources have other converters, each a function of its own name."""
+    if not isinstance(value, str):
+        raise InputError(f"{where}: the field {field!r} is {type(value).__name__}, not text")
+    return value
+
+
 @dataclass(frozen=True)
 class _Files:
     """`path` is a file, a folder or a glob; `text_field` and `id_field` name columns."""
@@ -37,6 +47,8 @@ class _Files:
     text_field: str = "text"
     id_field: str | None = None
     suffixes: tuple[str, ...] = ()
+    convert: Convert = plain_text
+    option: str = "source.text_field"  # where a user names the field
 
     def files(self) -> list[Path]:
         path = Path(self.path)
@@ -61,17 +73,18 @@ class _Files:
         return {"files": whole.hexdigest()}
 
     def row(self, values: Mapping[str, Any], key: str, where: str) -> Raw:
-        text = values.get(self.text_field)
-        if text is None and self.text_field not in values:
-            have = ", ".join(sorted(values)) or "none"
-            raise InputError(f"{where}: no field {self.text_field!r} (it has {have}); set source.text_field")
-        if not isinstance(text, str):
-            raise InputError(f"{where}: the field {self.text_field!r} is {type(text).__name__}, not text")
+        self.check(values, where)
         if self.id_field is not None:
-            if self.id_field not in values:
-                raise InputError(f"{where}: no field {self.id_field!r}; set source.id_field, or leave it out")
             key = str(values[self.id_field])
-        return Raw(key, text)
+        return Raw(key, self.convert(values[self.text_field], self.text_field, where))
+
+    def check(self, names: Collection[str], where: str) -> None:
+        """InputError if a field that is asked for is not there."""
+        if self.text_field not in names:
+            have = ", ".join(sorted(names)) or "none"
+            raise InputError(f"{where}: no field {self.text_field!r} (it has {have}); set {self.option}")
+        if self.id_field is not None and self.id_field not in names:
+            raise InputError(f"{where}: no field {self.id_field!r}; set source.id_field, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,7 @@ class Parquet(_Files):
         path, _, group = unit.rpartition(":")
         file = _parquet(path)
         columns = [self.text_field] + ([self.id_field] if self.id_field else [])
-        self.row(dict.fromkeys(file.schema_arrow.names, ""), "", path)  # complain about columns by name
+        self.check(file.schema_arrow.names, path)
         try:
             rows = file.read_row_group(int(group), columns=columns).to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
@@ -155,6 +168,8 @@ class HubDataset:
     language: str | None
     domain: str
     license: str
+    convert: Convert = plain_text
+    option: str = "source.text_field"
 
     def versions(self) -> dict[str, str]:
         return {}  # a dataset's name is its identity: finding its revision would mean fetching it to plan
@@ -163,15 +178,16 @@ class HubDataset:
         data = _load_dataset(self.path, self.subset, self.split)
         if self.text_field not in data.column_names:
             have = ", ".join(data.column_names)
-            raise InputError(
-                f"dataset {self.path}: no column {self.text_field!r} (it has {have}); set source.text_field"
-            )
+            raise InputError(f"dataset {self.path}: no column {self.text_field!r} (it has {have}); set {self.option}")
         return [str(start) for start in range(0, len(data), BLOCK_ROWS)]
 
     def read(self, unit: str) -> list[Raw]:
         data = _load_dataset(self.path, self.subset, self.split)
         texts = data[int(unit) : int(unit) + BLOCK_ROWS][self.text_field]
-        return [Raw(f"{self.split}/{row}", text) for row, text in enumerate(texts, int(unit))]
+        keys = [f"{self.split}/{row}" for row in range(int(unit), int(unit) + len(texts))]
+        where = f"dataset {self.path}, "
+        found = zip(keys, texts, strict=True)
+        return [Raw(key, self.convert(text, self.text_field, where + key)) for key, text in found]
 
 
 def decode(data: bytes, where: str) -> str:
