@@ -1,11 +1,13 @@
 """Reinforcement learning from verifiable rewards: GRPO (DeepSeekMath, section 4; DeepSeek-R1, sections 2.2 and 2.3).
 
 From a base model with the template `r1_zero` this is R1-Zero; from the cold start with `chat` and a language reward it
-is R1's reasoning stage.
+is R1's reasoning stage. `loss` takes one of GRPO's successors instead; DAPO is `dapo` with `dynamic_sampling`,
+`overlong` and no KL term. Renewing the reference is the iterative GRPO of DeepSeekMath, section 4.1.4.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 from pydantic import model_validator
@@ -17,8 +19,10 @@ from infra.stage import Context, Inputs, stage
 from stages.evaluation.plots import Panel, plot_curves
 from stages.problems.problem import Language, read_problems
 from stages.problems.selection import ProblemFilter
+from stages.rl.algorithms import ALGORITHMS, AlgorithmName
 from stages.rl.engines import EngineName
 from stages.rl.learner import ROLLOUTS, GrpoJob, learn
+from stages.rl.policy_loss import KlEstimator, PolicyObjective
 from stages.rl.prompts import Template
 from stages.rl.rewards import RewardWeights
 
@@ -35,11 +39,17 @@ class GrpoConfig(Config):
     problems: ProblemFilter = Field(ProblemFilter(), title="Problems", description="Which of them to learn from")
     target_language: Language | None = Field(None, title="Target language", description="None: the question's own")
     rewards: RewardWeights = Field(RewardWeights(), title="Rewards")
+    overlong: int = Field(
+        0, ge=0, title="Overlong margin", description="Last tokens, punished to −1 (DAPO: 20 %); 0: off"
+    )
 
     steps: int = Field(60, ge=1, title="Steps", description="Explorations")
     groups_per_step: int = Field(32, ge=1, title="Questions a step", description="R1-Zero: 32")
     group_size: int = Field(8, ge=2, title="Replies a question", description="R1-Zero: 16, DeepSeekMath: 64")
     rollout_groups: int = Field(16, ge=1, title="Questions a chunk", description="Generated together by one worker")
+    dynamic_sampling: int = Field(
+        0, ge=0, title="Dynamic sampling", description="Rounds in which others replace groups of equal rewards; 0: off"
+    )
     updates_per_exploration: int = Field(1, ge=1, title="Updates an exploration")
     max_new_tokens: int = Field(64, ge=1, title="Longest reply", description="R1-Zero: 32768, then 65536")
     temperature: float = Field(1.0, gt=0, title="Temperature")
@@ -48,8 +58,20 @@ class GrpoConfig(Config):
     warmup_steps: int = Field(0, ge=0, title="Warm-up steps")
     weight_decay: float = Field(0.0, ge=0, title="Weight decay")
     max_gradient_norm: float = Field(1.0, gt=0, title="Gradient clip")
-    clip: float = Field(0.2, gt=0, lt=1, title="Ratio clip", description="ε; acts from the second update on")
+    loss: AlgorithmName = Field(
+        "grpo", title="Loss", description="Advantages, ratio, clips and mean, as its paper has them"
+    )
+    clip: float | None = Field(
+        None, gt=0, le=1, title="Ratio clip", description="ε; acts from the second update on; none: the loss's own"
+    )
+    clip_high: float | None = Field(
+        None, gt=0, title="Upper ratio clip", description="ε_high (DAPO: 0.28); none: the ratio clip, or the loss's own"
+    )
+    importance_cap: float = Field(
+        0.0, ge=0, title="Importance cap", description="Weigh tokens by learner/engine, at most this; 0: off"
+    )
     kl_coefficient: float = Field(0.001, ge=0, title="KL coefficient", description="R1-Zero: 0.001, DeepSeekMath: 0.04")
+    kl_estimator: KlEstimator = Field("k3", title="KL estimator")
     reference_renew_every: int = Field(400, ge=0, title="Renew reference every", description="Steps; 0: never")
 
     engine: EngineName = Field("native", title="Engine")
@@ -61,6 +83,31 @@ class GrpoConfig(Config):
     @property
     def languages(self) -> tuple[Language, ...]:
         return self.problems.languages
+
+    @property
+    def objective(self) -> PolicyObjective:
+        """The loss's own, with the clips and the KL term that the config sets."""
+        own = ALGORITHMS[self.loss].objective
+        return dataclasses.replace(
+            own,
+            clip_low=self.clip or own.clip_low,
+            clip_high=self.clip_high or self.clip or own.clip_high,
+            kl_coefficient=self.kl_coefficient,
+            kl=self.kl_estimator,
+        )
+
+    @model_validator(mode="after")
+    def _the_options_fit_the_loss(self) -> GrpoConfig:
+        if self.overlong > self.max_new_tokens:
+            raise ValueError(f"overlong={self.overlong} must lie within max_new_tokens={self.max_new_tokens}")
+        if self.loss == "online_rft" and (
+            self.rewards != RewardWeights(accuracy=1, format=0, language=0) or self.overlong or self.dynamic_sampling
+        ):
+            raise ValueError(
+                "loss=online_rft learns each right reply alike: set rewards to accuracy 1, format 0, language 0, "
+                "and leave overlong and dynamic_sampling at 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _chunks_fill_a_step(self) -> GrpoConfig:

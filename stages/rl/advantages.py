@@ -1,19 +1,52 @@
 """Advantages from groups of replies to the same question (GRPO; DeepSeekMath, section 4.1).
 
-Legend: P questions, G replies to each.
+Where all rewards of a group are equal it says nothing about which reply was better: its advantages are exactly 0.
+
+Legend: P questions, G replies to each, T positions.
 """
 
 from __future__ import annotations
 
 import torch
 
+TOLERANCE = 1e-6
 
-def group_normalised(rewards_PG: torch.Tensor, tolerance: float = 1e-6) -> torch.Tensor:
-    """A = (r − mean r) / std r within each group, population std, in the rewards' dtype.
 
-    A group whose rewards are all equal says nothing about which reply was better: its advantages are exactly 0.
-    """
+def without_contrast(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """[P] bool: which groups have rewards that are all equal."""
+    return rewards_PG.std(dim=1, correction=0) <= TOLERANCE
+
+
+def group_normalised(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """A = (r − mean r) / std r within each group, population std, in the rewards' dtype (DeepSeekMath, 4.1.2)."""
     mean_P1 = rewards_PG.mean(dim=1, keepdim=True)
     std_P1 = rewards_PG.std(dim=1, keepdim=True, correction=0)
-    flat_P1 = std_P1 <= tolerance
+    flat_P1 = std_P1 <= TOLERANCE
     return torch.where(flat_P1, 0.0, (rewards_PG - mean_P1) / torch.where(flat_P1, 1.0, std_P1))
+
+
+def group_centred(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """A = r − mean r: questions that are nearly always or nearly never solved weigh no more (Dr. GRPO, 2503.20783)."""
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    return torch.where(without_contrast(rewards_PG)[:, None], 0.0, centred_PG)
+
+
+def leave_one_out(rewards_PG: torch.Tensor) -> torch.Tensor:
+    """A = r − the mean of the *other* replies' rewards, an unbiased baseline (RLOO, 2402.14740, equation 5)."""
+    size = rewards_PG.shape[1]
+    return group_centred(rewards_PG) * (size / (size - 1))
+
+
+def process_supervised(rewards_PGT: torch.Tensor, ends_PGT: torch.Tensor) -> torch.Tensor:
+    """A of a token = Σ of the normalised rewards of the steps that end there or later (DeepSeekMath, 4.1.3).
+
+    A step's reward stands where the step ends, and `ends_PGT` is 1 there. All step rewards of a group are normalised
+    together: by their mean and population std, whichever reply they belong to. [P, G, T]; 0 behind the last step.
+    """
+    ends_PGT = ends_PGT.to(rewards_PGT.dtype)
+    steps_P11 = ends_PGT.sum(dim=(1, 2), keepdim=True).clamp(min=1)
+    mean_P11 = (rewards_PGT * ends_PGT).sum(dim=(1, 2), keepdim=True) / steps_P11
+    centred_PGT = (rewards_PGT - mean_P11) * ends_PGT
+    std_P11 = (centred_PGT.square().sum(dim=(1, 2), keepdim=True) / steps_P11).sqrt()
+    normalised_PGT = torch.where(std_P11 <= TOLERANCE, 0.0, centred_PGT / std_P11.clamp(min=TOLERANCE))
+    return normalised_PGT.flip(-1).cumsum(-1).flip(-1)

@@ -1,12 +1,13 @@
 """GRPO's per-worker program: plain torch, so `torchrun` can start it where there is no Ray.
 
 Every rank holds the model, an engine of its own and the frozen reference. A step: draw the step's questions, explore
-this rank's share of them, normalise rewards within groups, add this share's gradient to the flat bucket, all-reduce
-once, update. Every rank explores *and* learns, so that no kind of worker waits for the other.
+this rank's share of them, turn the rewards of each group into advantages, add this share's gradient to the flat bucket,
+all-reduce once, update. Every rank explores *and* learns, so that no kind of worker waits for the other.
 
 What makes a killed run continue to the last bit: the questions and the seeds of step s are functions of (seed, s,
 chunk), so the model, the optimiser and the reference are the whole state. A chunk is `rollout_groups` questions;
-chunks, not ranks, own the seeds, so the replies do not depend on how many ranks share the work.
+chunks, not ranks, own the seeds, so the replies do not depend on how many ranks share the work. Dynamic sampling asks
+as many further questions as groups had no contrast, from those that the step has not asked, and so needs no state.
 
 Legend: P questions, G replies to each, B replies of a micro-batch, R tokens of the longest.
 """
@@ -26,11 +27,12 @@ import torch
 from infra.metrics import Report
 from model.optimizer import build_optimizer
 from stages.problems.problem import Problem
-from stages.rl.advantages import group_normalised
+from stages.rl.advantages import without_contrast
+from stages.rl.algorithms import ALGORITHMS
 from stages.rl.engines import open_engine
 from stages.rl.engines.base import Sampling
 from stages.rl.micro_batch import micro_batches, token_logprobs
-from stages.rl.mismatch import mismatch
+from stages.rl.mismatch import mismatch, truncated_importance
 from stages.rl.policy_loss import PolicyBatch, policy_loss
 from stages.rl.rollout import Rollout, explore, forward_flops, write_rollouts
 from stages.rl.tally import Tally
@@ -123,16 +125,16 @@ class Learner:
         started = time.monotonic()
         rollouts = self.explore(number)
         explored = time.monotonic()
-        rewards_PG = torch.tensor([r.score.reward for r in rollouts], dtype=torch.float64).view(-1, config.group_size)
-        advantages_PG = group_normalised(rewards_PG)
-        advantages = advantages_PG.flatten().tolist()
-        tally.explored(rollouts, groups=len(advantages_PG), flat_groups=int((advantages_PG == 0).all(dim=1).sum()))
+        rewards_PG = self.rewards_of(rollouts)
+        flat_P = without_contrast(rewards_PG)
+        advantages = ALGORITHMS[config.loss].advantages(rewards_PG).flatten().tolist()
+        tally.explored(rollouts, groups=len(flat_P), flat_groups=int(flat_P.sum()))
         if config.keep_rollouts_every and (number % config.keep_rollouts_every == 0 or number == config.steps - 1):
             self.keep(number, rollouts, advantages)
         # Without an advantage (all of a group without contrast) a reply has no policy gradient, only its KL term:
         # leaving it out saves its forward and backward, and costs that pull towards the reference.
         batch = [(r, a) for r, a in zip(rollouts, advantages, strict=True) if a != 0]
-        self.update(number, batch, tally)
+        self.update(number, batch, self.normaliser(rollouts, flat_P), tally)
         tally.add(flops=self.step_flops(rollouts, [r for r, _ in batch]))
         row = tally.reduce(self.ranks)
         row["flops"] += self.rows[-1]["flops"] if self.rows else 0.0  # spent so far
@@ -157,11 +159,35 @@ class Learner:
             Random(f"{self.config.seed}/{epoch}").shuffle(self._order)
         return self._order
 
+    def spare(self, number: int) -> list[Problem]:
+        """The questions that step `number` has not asked, in an order of its own."""
+        asked = {problem.id for chunk in self.questions(number) for problem in chunk}
+        rest = [problem for problem in self.job.problems if problem.id not in asked]
+        Random(f"{self.config.seed}/{number}/spare").shuffle(rest)
+        return rest
+
     def explore(self, number: int) -> list[Rollout]:
-        """This rank's share of the step's groups."""
-        config, rollouts = self.config, []
+        """This rank's share of the step's groups, and of those that replace groups without contrast."""
+        config, chunks = self.config, self.questions(number)
         self.engine.update_weights(self.model.state_dict().items())
-        for chunk, problems in enumerate(self.questions(number)):
+        rollouts = self.ask(number, 0, chunks)
+        spare = self.spare(number) if config.dynamic_sampling else []
+        first = len(chunks)
+        for _ in range(config.dynamic_sampling):
+            (useful,) = self.over_ranks(int((~without_contrast(self.rewards_of(rollouts))).sum()))
+            missing = config.groups_per_step - int(useful)
+            further, spare = spare[:missing], spare[missing:]
+            if not further:
+                break
+            chunks = [further[i : i + config.rollout_groups] for i in range(0, len(further), config.rollout_groups)]
+            rollouts += self.ask(number, first, chunks)
+            first += len(chunks)
+        return rollouts
+
+    def ask(self, number: int, first: int, chunks: list[list[Problem]]) -> list[Rollout]:
+        """This rank's share of `chunks`, which are numbered from `first` in step `number`."""
+        config, rollouts = self.config, []
+        for chunk, problems in enumerate(chunks, start=first):
             if chunk % self.ranks.world == self.ranks.rank:
                 rollouts += explore(
                     self.engine,
@@ -173,8 +199,25 @@ class Learner:
                     Random(f"{config.seed}/{number}/{chunk}").getrandbits(62),
                     config.rewards,
                     config.target_language,
+                    config.overlong,
                 )
         return rollouts
+
+    def rewards_of(self, rollouts: list[Rollout]) -> torch.Tensor:
+        """[P, G] fp64, of this rank's groups."""
+        rewards = [rollout.score.reward for rollout in rollouts]
+        return torch.tensor(rewards, dtype=torch.float64).view(-1, self.config.group_size)
+
+    def normaliser(self, rollouts: list[Rollout], flat_P: torch.Tensor) -> float:
+        """What the objective of all ranks is divided by. Dynamic sampling drops groups without contrast, so they do not
+        count; else their replies do: they pull the mean towards 0."""
+        lengths_PG = torch.tensor([len(rollout.tokens) for rollout in rollouts]).view(-1, self.config.group_size)
+        counted_PG = lengths_PG[~flat_P] if self.config.dynamic_sampling else lengths_PG
+        replies, tokens = self.over_ranks(counted_PG.numel(), int(counted_PG.sum()))
+        return self.config.objective.normaliser(replies, tokens, self.config.max_new_tokens)
+
+    def over_ranks(self, *counts: int) -> list[float]:
+        return self.ranks.all_reduce(torch.tensor(counts, dtype=torch.float64, device=self.ranks.device)).tolist()
 
     def keep(self, number: int, rollouts: list[Rollout], advantages: list[float]) -> None:
         folder = Path(self.job.scratch) / ROLLOUTS
@@ -186,9 +229,9 @@ class Learner:
         rows = [rollout.row(number + 1, advantage) for rollout, advantage in zip(rollouts, advantages, strict=True)]
         write_rollouts(folder / f"rollouts-{number + 1:05d}-{self.ranks.rank:03d}.parquet", rows)
 
-    def update(self, number: int, batch: list[tuple[Rollout, float]], tally: Tally) -> None:
+    def update(self, number: int, batch: list[tuple[Rollout, float]], normaliser: float, tally: Tally) -> None:
         """`updates_per_exploration` gradient steps on the same replies (1 in the papers: the ratio is exactly 1)."""
-        config = self.config
+        config, objective = self.config, self.config.objective
         cut = micro_batches(batch, self.tokenizer.pad, config.micro_batch_tokens, self.ranks.device)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (number + 1) / max(config.warmup_steps, 1))
@@ -206,11 +249,14 @@ class Learner:
                 if self.reference:
                     with torch.no_grad():
                         reference_BR = token_logprobs(self.reference, micro, config.temperature)
+                correction_BR = None
+                if config.importance_cap:
+                    correction_BR = truncated_importance(old_BR[index], micro.engine_logprobs_BR, config.importance_cap)
+                advantages_B1 = micro.advantages_B[:, None]
                 loss, metrics = policy_loss(
-                    PolicyBatch(logprobs_BR, old_BR[index], reference_BR, micro.advantages_B, micro.mask_BR),
-                    config.clip,
-                    config.kl_coefficient,
-                    config.groups_per_step * config.group_size,
+                    PolicyBatch(logprobs_BR, old_BR[index], reference_BR, advantages_B1, micro.mask_BR, correction_BR),
+                    objective,
+                    normaliser,
                 )
                 loss.backward()
                 tally.add(loss=loss.item(), kl=metrics.kl, clipped=metrics.clipped, loss_tokens=metrics.tokens)

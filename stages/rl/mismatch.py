@@ -17,6 +17,12 @@ class Mismatch:
     tokens: int
 
 
+def truncated_importance(learner_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(π_learner/π_engine, cap): what the gain of a token is weighed with so that the engine's samples count as the
+    learner's own would, but for the few that would count too much (truncated importance sampling; no gradient)."""
+    return torch.exp(learner_logprobs.detach() - engine_logprobs).clamp(max=cap)
+
+
 def mismatch(learner_logprobs_N: torch.Tensor, engine_logprobs_N: torch.Tensor) -> Mismatch:
     """Compare log-probabilities of the same sampled tokens. The estimate r − 1 − log r of the tokens that the *engine*
     sampled is unbiased for KL(engine ‖ learner), r = π_learner/π_engine. 0 and 1 when both compute the same."""

@@ -90,6 +90,12 @@ def chain_of(text: str) -> str:
     return text.partition("<think>")[2].partition("</think>")[0]
 
 
+def overlong_punishment(length: int, finished: bool, longest: int, margin: int) -> float:
+    """0 for a reply of at most `longest` − `margin` tokens, then falling in a line to −1 at `longest` (DAPO,
+    2503.14476, equation 13). A reply that was cut off is longer than any allowed: −1."""
+    return min(0.0, (longest - margin - length) / margin) if finished else -1.0
+
+
 def score(
     problem: Problem, text: str, finished: bool, weights: RewardWeights, language: Language | None = None
 ) -> Score:

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from stages.problems.problem import Language, Problem
 from stages.rl.engines.base import Engine, Sampling
 from stages.rl.prompts import Template, prompt_ids, reply_text
-from stages.rl.rewards import RewardWeights, Score, score
+from stages.rl.rewards import RewardWeights, Score, overlong_punishment, score
 from stages.tokens.bpe import Tokenizer
 
 SCHEMA = pa.schema(
@@ -79,8 +79,12 @@ def explore(
     seed: int,
     weights: RewardWeights,
     target_language: Language | None = None,
+    overlong: int = 0,
 ) -> list[Rollout]:
-    """`group_size` scored replies to each problem, a problem's replies side by side."""
+    """`group_size` scored replies to each problem, a problem's replies side by side.
+
+    `overlong`: the last so many tokens before the longest reply are punished, more and more; 0: none are.
+    """
     prompts = [prompt_ids(problem.question, template, tokenizer) for problem in problems]
     asked = [(problem, prompt) for problem, prompt in zip(problems, prompts, strict=True) for _ in range(group_size)]
     replies = engine.generate([prompt for _, prompt in asked], sampling, seed)
@@ -88,6 +92,9 @@ def explore(
     for (problem, prompt), reply in zip(asked, replies, strict=True):
         text = reply_text(reply.tokens, tokenizer)
         verdict = score(problem, text, reply.finished, weights, target_language)
+        if overlong:
+            length = overlong_punishment(len(reply.tokens), reply.finished, sampling.max_new_tokens, overlong)
+            verdict = dataclasses.replace(verdict, reward=verdict.reward + length)
         rollouts.append(Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict))
     return rollouts
 

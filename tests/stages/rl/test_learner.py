@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from infra.errors import ConfigError
 from stages.grpo import GrpoConfig
 from stages.rl.learner import GrpoJob, learn
+from stages.rl.policy_loss import PolicyObjective
 from stages.training.checkpoint import load_model
 
 
@@ -91,6 +94,70 @@ def test_multi_token_prediction_modules_come_back_unchanged(job, bandit_base, tm
         if name.startswith("mtp."):
             assert torch.equal(before[name], after[name])
     assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+@pytest.mark.parametrize("loss", ["dr_grpo", "dapo", "gspo", "cispo", "rloo"])
+def test_reward_rises_under_every_loss(job, tmp_path, loss):
+    options = {"loss": loss, "kl_coefficient": 0.0, "importance_cap": 2.0}
+    rows = learn(job(tmp_path, steps=20, group_size=16, updates_per_exploration=2, **options), silent)
+    assert sum(row["accuracy"] for row in rows[-3:]) / 3 > sum(row["accuracy"] for row in rows[:3]) / 3 + 0.2
+
+
+def test_online_rft_learns_from_right_replies_alone(job, tmp_path):
+    rewards = {"accuracy": 1, "format": 0, "language": 0}
+    rows = learn(job(tmp_path, steps=12, loss="online_rft", rewards=rewards, kl_coefficient=0.0), silent)
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"]
+
+
+def test_dynamic_sampling_replaces_groups_without_contrast_by_questions_not_yet_asked(job, tmp_path):
+    """Groups of two without a format reward: most are wrong twice. Of ten questions four are asked, six are spare."""
+    options = {"steps": 2, "group_size": 2, "rewards": {"accuracy": 1, "format": 0}, "keep_rollouts_every": 1}
+    rows = learn(job(tmp_path, dynamic_sampling=9, **options), silent)
+    for step, row in enumerate(rows, start=1):
+        asked = pq.read_table(tmp_path / f"scratch/rollouts/rollouts-{step:05d}-000.parquet").to_pylist()
+        problems = [asked[i]["problem_id"] for i in range(0, len(asked), 2)]
+        useful = sum(asked[i]["advantage"] != 0 for i in range(0, len(asked), 2))
+        assert len(set(problems)) == len(problems) > 4
+        assert useful == 4 or len(problems) == 10
+        assert row["flat_groups"] == pytest.approx(1 - useful / len(problems))
+
+
+def test_dynamic_sampling_is_bounded_and_off_it_asks_nothing_more(job, tmp_path):
+    options = {"steps": 1, "group_size": 2, "rewards": {"accuracy": 0, "format": 0}, "keep_rollouts_every": 1}
+    for rounds, groups in ((0, 4), (1, 8), (2, 10), (9, 10)):  # no reward at all: every group lacks contrast
+        folder = tmp_path / str(rounds)
+        (row,) = learn(job(folder, dynamic_sampling=rounds, **options), silent)
+        assert pq.read_table(folder / "scratch/rollouts/rollouts-00001-000.parquet").num_rows == groups * 2
+        assert (row["loss"], row["flat_groups"]) == (0, 1)
+
+
+def test_overlong_replies_lose_reward_and_nothing_else(job, tmp_path):
+    """Replies of the bandit have the same length when well-formed; a margin as long as the reply allowed bites all."""
+    plain = learn(job(tmp_path / "plain", steps=1), silent)[0]
+    punished = learn(job(tmp_path / "punished", steps=1, overlong=14), silent)[0]
+    assert punished["reward"] < plain["reward"]
+    assert punished["accuracy"] == plain["accuracy"]
+
+
+def test_the_objective_is_the_losses_own_but_for_what_the_config_sets():
+    assert GrpoConfig().objective == PolicyObjective(kl_coefficient=0.001)
+    assert GrpoConfig(clip=0.3).objective == PolicyObjective(0.3, 0.3, kl_coefficient=0.001)
+    assert GrpoConfig(clip_high=0.28).objective == PolicyObjective(0.2, 0.28, kl_coefficient=0.001)
+    dapo = GrpoConfig(loss="dapo", kl_coefficient=0, kl_estimator="k2").objective
+    assert dapo == PolicyObjective(0.2, 0.28, mean="token", kl="k2")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"overlong": 65}, "max_new_tokens"),
+        ({"loss": "online_rft"}, "accuracy 1"),
+        ({"loss": "ppo"}, "loss"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_by_name(options, says):
+    with pytest.raises(ConfigError, match=says):
+        GrpoConfig.parse(options)
 
 
 def test_the_job_survives_pickling_and_its_config_a_round_trip(job, tmp_path):

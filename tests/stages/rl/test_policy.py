@@ -7,7 +7,7 @@ import torch
 
 from stages.rl.advantages import group_normalised
 from stages.rl.mismatch import mismatch
-from stages.rl.policy_loss import PolicyBatch, policy_loss
+from stages.rl.policy_loss import PolicyBatch, PolicyObjective, policy_loss
 
 
 def test_advantages_are_normalised_within_each_group():
@@ -41,6 +41,7 @@ OLD = [[-1.5, -0.2, -1.0], [-0.1, -1.9, -9.0]]
 REF = [[-1.2, -0.3, -2.0], [-0.5, -1.4, -7.0]]
 ADVANTAGES = [1.3, -0.7]
 MASK = [[1, 1, 1], [1, 1, 0]]
+GRPO = PolicyObjective(kl_coefficient=0.04)
 
 
 def batch(new=NEW, requires_grad=True):
@@ -48,11 +49,11 @@ def batch(new=NEW, requires_grad=True):
         return torch.tensor(values, dtype=torch.float64)
 
     logprobs_BT = table(new).requires_grad_(requires_grad)
-    return PolicyBatch(logprobs_BT, table(OLD), table(REF), table(ADVANTAGES), torch.tensor(MASK))
+    return PolicyBatch(logprobs_BT, table(OLD), table(REF), table(ADVANTAGES)[:, None], torch.tensor(MASK))
 
 
 def test_the_loss_is_the_papers_formula_to_the_last_digits():
-    loss, metrics = policy_loss(batch(), clip=0.2, kl_coefficient=0.04, n_replies=7)
+    loss, metrics = policy_loss(batch(), GRPO, normaliser=7)
     assert loss.item() == pytest.approx(hand_loss(NEW, OLD, REF, ADVANTAGES, MASK, 0.2, 0.04, 7), rel=1e-13)
     assert metrics.tokens == 5
     # Acting clips: e^0.5 > 1.2 with A > 0; e^-0.4 < 0.8 with A < 0. e^-2 with A > 0 and e^1 with A < 0 are free.
@@ -62,7 +63,7 @@ def test_the_loss_is_the_papers_formula_to_the_last_digits():
 
 def test_the_gradient_is_the_finite_difference_of_the_formula_and_zero_where_clipped_or_masked():
     given = batch()
-    policy_loss(given, 0.2, 0.04, 2)[0].backward()
+    policy_loss(given, GRPO, 2)[0].backward()
     grad_BT = given.logprobs_BT.grad
     for i in range(2):
         for t in range(3):
@@ -77,8 +78,10 @@ def test_the_gradient_is_the_finite_difference_of_the_formula_and_zero_where_cli
 
 def test_at_the_exploring_policy_the_gradient_is_plain_policy_gradient():
     logprobs_BT = torch.tensor(NEW, dtype=torch.float64, requires_grad=True)
-    given = PolicyBatch(logprobs_BT, logprobs_BT.detach(), None, torch.tensor(ADVANTAGES).double(), torch.tensor(MASK))
-    loss, metrics = policy_loss(given, 0.2, 0.0, 2)
+    given = PolicyBatch(
+        logprobs_BT, logprobs_BT.detach(), None, torch.tensor(ADVANTAGES).double()[:, None], torch.tensor(MASK)
+    )
+    loss, metrics = policy_loss(given, PolicyObjective(), 2)
     loss.backward()
     expected = -torch.tensor([[1.3 / 3] * 3, [-0.7 / 2, -0.7 / 2, 0]], dtype=torch.float64) / 2
     torch.testing.assert_close(logprobs_BT.grad, expected)
@@ -87,14 +90,14 @@ def test_at_the_exploring_policy_the_gradient_is_plain_policy_gradient():
 
 def test_the_gradients_of_micro_batches_add_up_to_that_of_the_batch():
     whole = batch()
-    policy_loss(whole, 0.2, 0.04, 2)[0].backward()
+    policy_loss(whole, GRPO, 2)[0].backward()
     parts = []
     for i in range(2):
         full = batch()
         rows = [getattr(full, name)[i : i + 1] for name in ("old_logprobs_BT", "reference_logprobs_BT")]
         leaf = full.logprobs_BT.detach()[i : i + 1].requires_grad_()
-        part = PolicyBatch(leaf, *rows, full.advantages_B[i : i + 1], full.mask_BT[i : i + 1])
-        policy_loss(part, 0.2, 0.04, 2)[0].backward()
+        part = PolicyBatch(leaf, *rows, full.advantages_BT[i : i + 1], full.mask_BT[i : i + 1])
+        policy_loss(part, GRPO, 2)[0].backward()
         parts.append(leaf.grad)
     torch.testing.assert_close(torch.cat(parts), whole.logprobs_BT.grad, rtol=0, atol=1e-15)
 
@@ -105,9 +108,9 @@ def test_the_kl_estimator_is_unbiased_and_never_negative():
     drawn = torch.multinomial(policy.exp(), 200_000, replacement=True, generator=generator)
     zero = torch.zeros(len(drawn), 1, dtype=torch.float64)
     given = PolicyBatch(
-        policy[drawn][:, None], policy[drawn][:, None], reference[drawn][:, None], zero[:, 0], torch.ones_like(zero)
+        policy[drawn][:, None], policy[drawn][:, None], reference[drawn][:, None], zero, torch.ones_like(zero)
     )
-    _, metrics = policy_loss(given, 0.2, 1.0, len(drawn))
+    _, metrics = policy_loss(given, PolicyObjective(kl_coefficient=1.0), len(drawn))
     exact = float((policy.exp() * (policy - reference)).sum())
     assert metrics.kl / metrics.tokens == pytest.approx(exact, rel=0.03)
     each = torch.exp(reference - policy) - (reference - policy) - 1
