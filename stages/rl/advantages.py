@@ -32,7 +32,7 @@ def group_centred(rewards_PG: torch.Tensor) -> torch.Tensor:
 
 
 def leave_one_out(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """A = r − the mean of the *other* replies' rewards, an unbiased baseline (RLOO, 2402.14740, equation 5)."""
+    """A = r − the mean of the *other* replies' rewards, an unbiased baseline (RLOO, 2402.14740)."""
     size = rewards_PG.shape[1]
     return group_centred(rewards_PG) * (size / (size - 1))
 
