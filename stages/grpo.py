@@ -20,7 +20,7 @@ from stages.problems.selection import ProblemFilter
 from stages.rl.engines import EngineName
 from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.prompts import Template
-from stages.rl.rewards import RewardWeights
+from stages.rl.rewards import PENALTIES, RewardWeights
 
 
 class GrpoConfig(Config):
@@ -91,7 +91,10 @@ PANELS = (
     Panel("Reward", ("reward",)),
     Panel("Accuracy", ("accuracy", "accuracy_en", "accuracy_zh")),
     Panel("Format and language", ("format", "language")),
+    Panel("Penalties", tuple(PENALTIES)),
     Panel("Reply length, tokens", ("length",)),
+    Panel("Reflection words a reply", ("reflections",)),
+    Panel("Share of replies that verify or backtrack", ("verification", "backtracking")),
     Panel("Entropy, nats a token", ("entropy",)),
     Panel("KL to the reference and to the engine", ("kl", "mismatch_kl")),
 )

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from stages.problems.problem import Language, Problem
 from stages.rl.engines.base import Engine, Sampling
 from stages.rl.prompts import Template, prompt_ids, reply_text
-from stages.rl.rewards import RewardWeights, Score, score
+from stages.rl.rewards import PENALTIES, RewardWeights, Score, score
 from stages.tokens.bpe import Tokenizer
 
 SCHEMA = pa.schema(
@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("accuracy", pa.float64()),
         ("format", pa.float64()),
         ("language_consistency", pa.float64()),
+        *((name, pa.float64()) for name in PENALTIES),
         ("advantage", pa.float64()),
     ]
 )
@@ -65,6 +66,7 @@ class Rollout:
             "accuracy": self.score.accuracy,
             "format": self.score.format,
             "language_consistency": self.score.language,
+            **{name: self.score.rules[name] for name in PENALTIES},
             "advantage": advantage,
         }
 
@@ -87,7 +89,8 @@ def explore(
     rollouts = []
     for (problem, prompt), reply in zip(asked, replies, strict=True):
         text = reply_text(reply.tokens, tokenizer)
-        verdict = score(problem, text, reply.finished, weights, target_language)
+        length = len(reply.tokens), sampling.max_new_tokens
+        verdict = score(problem, text, reply.finished, weights, target_language, *length)
         rollouts.append(Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict))
     return rollouts
 

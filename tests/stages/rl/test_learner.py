@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -81,6 +82,18 @@ def test_with_learning_rate_zero_nothing_moves_and_all_three_policies_agree(job,
         assert row["loss"] != 0 or row["flat_groups"] == 1
     before, after = weights(bandit_base), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_steps_row_reports_every_rule_and_the_signs_of_reasoning(job, tmp_path):
+    weights = {"format": 0.2, "repetition": 0.3, "overlong": 0.7, "overlong_margin": 1.0}
+    (row,) = learn(job(tmp_path, steps=1, rewards=weights), silent)
+    assert 0 < row["overlong"] < 1  # every token counts when the margin is the whole limit
+    earned = row["accuracy"] + 0.2 * row["format"]
+    assert row["reward"] == pytest.approx(earned - 0.3 * row["repetition"] - 0.7 * row["overlong"])
+    (kept,) = (tmp_path / "scratch").glob("rollouts/*.parquet")
+    replies = pq.read_table(kept).to_pylist()
+    assert row["overlong"] == pytest.approx(sum(reply["tokens"] for reply in replies) / len(replies) / 14)
+    assert (row["reflections"], row["verification"], row["backtracking"]) == (0, 0, 0)  # its chains say "so"
 
 
 def test_multi_token_prediction_modules_come_back_unchanged(job, bandit_base, tmp_path):
