@@ -17,6 +17,7 @@ from infra.stage import Context, Inputs, stage
 from stages.evaluation.plots import Panel, plot_curves
 from stages.problems.problem import Language, read_problems
 from stages.problems.selection import ProblemFilter
+from stages.rl import emergence
 from stages.rl.engines import EngineName
 from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.prompts import Template
@@ -105,7 +106,7 @@ def summarise(rows: list[dict]) -> dict:
     tenth = max(1, len(rows) // 10)
     summary: dict = {"steps": len(rows), "train_flops": rows[-1]["flops"]}
     summary["reply_tokens"] = int(sum(row["reply_tokens"] for row in rows))
-    for name in ("reward", "accuracy", "format", "language", "length", "entropy"):
+    for name in ("reward", "accuracy", "format", "language", "length", "entropy", *emergence.MEASURES):
         summary[f"{name}_first"] = round(sum(row[name] for row in rows[:tenth]) / tenth, 4)
         summary[f"{name}_last"] = round(sum(row[name] for row in rows[-tenth:]) / tenth, 4)
     summary["kl_last"] = round(sum(row["kl"] for row in rows[-tenth:]) / tenth, 6)

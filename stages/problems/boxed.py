@@ -78,7 +78,8 @@ def readings(text: str) -> frozenset[Fraction]:
 
     50 % may be meant as 50 or as 1/2, so it has two values; text that is no such number has none.
     """
-    match = _NUMBER.fullmatch(re.sub(r"(?<![0-9]) +| +(?![0-9])", "", text))
+    # A space between digits is kept, and one behind a comma: `12, 345` is two numbers.
+    match = _NUMBER.fullmatch(re.sub(r"(?<![0-9,]) +| +(?![0-9])", "", text))
     if match is None:
         return frozenset()
     top, bottom = match["over"] or match["top"], match["under"] or match["bottom"]
