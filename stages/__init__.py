@@ -22,6 +22,7 @@ NAMES = (
     "extend_context",
     "scaling_laws",
     "generate_problems",
+    "import_problems",
     "ingest_conversations",
     "sft",
     "grpo",

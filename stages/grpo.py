@@ -2,7 +2,7 @@
 
 From a base model with the template `r1_zero` this is R1-Zero; from the cold start with `chat` and a language reward it
 is R1's reasoning stage. `loss` takes one of GRPO's successors instead; DAPO is `dapo` with `dynamic_sampling`,
-`overlong` and no KL term. Renewing the reference is the iterative GRPO of DeepSeekMath, section 4.1.4.
+the reward `overlong` and no KL term. Renewing the reference is the iterative GRPO of DeepSeekMath, section 4.1.4.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from infra.stage import Context, Inputs, stage
 from stages.evaluation.plots import Panel, plot_curves
 from stages.problems.problem import Language, read_problems
 from stages.problems.selection import ProblemFilter
+from stages.rl import emergence
 from stages.rl.algorithms import ALGORITHMS, AlgorithmName
 from stages.rl.engines import EngineName
 from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.policy_loss import KlEstimator, PolicyObjective
 from stages.rl.prompts import Template
-from stages.rl.rewards import RewardWeights
+from stages.rl.rewards import PENALTIES, RewardWeights
 
 
 class GrpoConfig(Config):
@@ -39,9 +40,6 @@ class GrpoConfig(Config):
     problems: ProblemFilter = Field(ProblemFilter(), title="Problems", description="Which of them to learn from")
     target_language: Language | None = Field(None, title="Target language", description="None: the question's own")
     rewards: RewardWeights = Field(RewardWeights(), title="Rewards")
-    overlong: int = Field(
-        0, ge=0, title="Overlong margin", description="Last tokens, punished to −1 (DAPO: 20 %); 0: off"
-    )
 
     steps: int = Field(60, ge=1, title="Steps", description="Explorations")
     groups_per_step: int = Field(32, ge=1, title="Questions a step", description="R1-Zero: 32")
@@ -98,14 +96,12 @@ class GrpoConfig(Config):
 
     @model_validator(mode="after")
     def _the_options_fit_the_loss(self) -> GrpoConfig:
-        if self.overlong > self.max_new_tokens:
-            raise ValueError(f"overlong={self.overlong} must lie within max_new_tokens={self.max_new_tokens}")
         if self.loss == "online_rft" and (
-            self.rewards != RewardWeights(accuracy=1, format=0, language=0) or self.overlong or self.dynamic_sampling
+            self.rewards != RewardWeights(accuracy=1, format=0, language=0) or self.dynamic_sampling
         ):
             raise ValueError(
                 "loss=online_rft learns each right reply alike: set rewards to accuracy 1, format 0, language 0, "
-                "and leave overlong and dynamic_sampling at 0"
+                "and leave dynamic_sampling at 0"
             )
         return self
 
@@ -138,7 +134,10 @@ PANELS = (
     Panel("Reward", ("reward",)),
     Panel("Accuracy", ("accuracy", "accuracy_en", "accuracy_zh")),
     Panel("Format and language", ("format", "language")),
+    Panel("Penalties", tuple(PENALTIES)),
     Panel("Reply length, tokens", ("length",)),
+    Panel("Reflection words a reply", ("reflections",)),
+    Panel("Share of replies that verify or backtrack", ("verification", "backtracking")),
     Panel("Entropy, nats a token", ("entropy",)),
     Panel("KL to the reference and to the engine", ("kl", "mismatch_kl")),
 )
@@ -149,7 +148,7 @@ def summarise(rows: list[dict]) -> dict:
     tenth = max(1, len(rows) // 10)
     summary: dict = {"steps": len(rows), "train_flops": rows[-1]["flops"]}
     summary["reply_tokens"] = int(sum(row["reply_tokens"] for row in rows))
-    for name in ("reward", "accuracy", "format", "language", "length", "entropy"):
+    for name in ("reward", "accuracy", "format", "language", "length", "entropy", *emergence.MEASURES):
         summary[f"{name}_first"] = round(sum(row[name] for row in rows[:tenth]) / tenth, 4)
         summary[f"{name}_last"] = round(sum(row[name] for row in rows[-tenth:]) / tenth, 4)
     summary["kl_last"] = round(sum(row["kl"] for row in rows[-tenth:]) / tenth, 6)

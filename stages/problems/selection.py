@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from infra.config import Config, Field
+from stages.problems.boxed import require
 from stages.problems.problem import Language, Problem
 from stages.problems.registry import FamilyName
 
@@ -18,6 +19,7 @@ class ProblemFilter(Config):
     limit: int | None = Field(None, ge=1, title="At most", description="The first so many that pass; None: all")
 
     def select(self, problems: Iterable[Problem]) -> tuple[Problem, ...]:
+        """Those that pass; `ConfigError` if one of them needs a verifier that is not installed."""
         chosen = [
             problem
             for problem in problems
@@ -25,4 +27,6 @@ class ProblemFilter(Config):
             and problem.language in self.languages
             and (not self.levels or problem.level in self.levels)
         ]
-        return tuple(chosen[: self.limit])
+        selected = tuple(chosen[: self.limit])
+        require(selected)
+        return selected

@@ -1,4 +1,4 @@
-"""Exact verifiers: is this text a right answer? Total functions: any string gives True or False, never an error.
+"""Verifiers: is this text a right answer? Total functions: any string gives True or False, never an error.
 
 An answer must *be* the answer. Nothing is searched inside longer text ("the answer is 4" is wrong), because a verifier
 that rewards containment is a verifier that reinforcement learning will find.
@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from stages.problems.boxed import boxed, cut, readings, tidy
 from stages.problems.expression import SAME_SIGN, ExpressionError, evaluate
 from stages.problems.problem import Problem
 
@@ -48,28 +49,37 @@ def roles(text: str, arguments: Mapping[str, Any]) -> bool:
 
 
 VERIFIERS: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {
-    check.__name__: check for check in (integer, integers, digits, countdown, roles)
+    check.__name__: check for check in (integer, integers, digits, countdown, roles, boxed)
 }
 
 
 def verify(problem: Problem, text: str) -> bool:
     """Whether `text`, the whole content of `<answer>`, answers `problem`. Surrounding spaces are forgiven."""
-    return len(text) <= MAX_ANSWER and VERIFIERS[problem.verifier](_plain(text), problem.arguments)
+    answer = _answer(problem, text)
+    return len(answer) <= MAX_ANSWER and VERIFIERS[problem.verifier](_plain(answer), problem.arguments)
 
 
 def ballot(problem: Problem, text: str) -> str:
     """What an answer votes for in a consensus, the same for answers that say the same. It never looks at the right one.
 
-    Two expressions say the same if they are worth the same and use the same numbers.
+    Two expressions say the same if they are worth the same and use the same numbers; two numbers in any spelling, if
+    they are equal; two formulas, if they are written alike.
     """
-    plain = _plain(text[:MAX_ANSWER])
+    plain = _plain(_answer(problem, text)[:MAX_ANSWER])
     if problem.verifier == "countdown":
         try:
             result = evaluate(plain)
         except ExpressionError:
             return plain
         return f"{result.value} from {sorted(result.numbers)}"
+    if problem.verifier == "boxed":
+        return str(min(readings(tidy(plain)), default=tidy(plain)))
     return re.sub(r"[ ,，、]+", " ", plain.lower())
+
+
+def _answer(problem: Problem, text: str) -> str:
+    """What of the text is judged: all of it, unless the answer is to stand in a box."""
+    return cut(text) if problem.verifier == "boxed" else text
 
 
 def _plain(text: str) -> str:

@@ -199,7 +199,6 @@ class Learner:
                     Random(f"{config.seed}/{number}/{chunk}").getrandbits(62),
                     config.rewards,
                     config.target_language,
-                    config.overlong,
                 )
         return rollouts
 

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from stages.problems.problem import Language, Problem
 from stages.rl.engines.base import Engine, Sampling
 from stages.rl.prompts import Template, prompt_ids, reply_text
-from stages.rl.rewards import RewardWeights, Score, overlong_punishment, score
+from stages.rl.rewards import PENALTIES, RewardWeights, Score, score
 from stages.tokens.bpe import Tokenizer
 
 SCHEMA = pa.schema(
@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("accuracy", pa.float64()),
         ("format", pa.float64()),
         ("language_consistency", pa.float64()),
+        *((name, pa.float64()) for name in PENALTIES),
         ("advantage", pa.float64()),
     ]
 )
@@ -65,6 +66,7 @@ class Rollout:
             "accuracy": self.score.accuracy,
             "format": self.score.format,
             "language_consistency": self.score.language,
+            **{name: self.score.rules[name] for name in PENALTIES},
             "advantage": advantage,
         }
 
@@ -79,22 +81,16 @@ def explore(
     seed: int,
     weights: RewardWeights,
     target_language: Language | None = None,
-    overlong: int = 0,
 ) -> list[Rollout]:
-    """`group_size` scored replies to each problem, a problem's replies side by side.
-
-    `overlong`: the last so many tokens before the longest reply are punished, more and more; 0: none are.
-    """
+    """`group_size` scored replies to each problem, a problem's replies side by side."""
     prompts = [prompt_ids(problem.question, template, tokenizer) for problem in problems]
     asked = [(problem, prompt) for problem, prompt in zip(problems, prompts, strict=True) for _ in range(group_size)]
     replies = engine.generate([prompt for _, prompt in asked], sampling, seed)
     rollouts = []
     for (problem, prompt), reply in zip(asked, replies, strict=True):
         text = reply_text(reply.tokens, tokenizer)
-        verdict = score(problem, text, reply.finished, weights, target_language)
-        if overlong:
-            length = overlong_punishment(len(reply.tokens), reply.finished, sampling.max_new_tokens, overlong)
-            verdict = dataclasses.replace(verdict, reward=verdict.reward + length)
+        length = len(reply.tokens), sampling.max_new_tokens
+        verdict = score(problem, text, reply.finished, weights, target_language, *length)
         rollouts.append(Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict))
     return rollouts
 

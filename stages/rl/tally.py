@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from stages.rl import emergence
+from stages.rl.rewards import RULES, chain_of
 from stages.rl.rollout import Rollout
 from stages.training.distributed import Ranks
 
 EXPLORED = (
     "replies",
     "reward",
-    "accuracy",
-    "format",
-    "language",
+    *RULES,
+    *emergence.MEASURES,
     "tokens",
     "finished",
     "surprise",
@@ -51,7 +52,7 @@ class Tally:
             verdict, language = rollout.score, rollout.problem.language
             self.add(replies=1, tokens=len(rollout.tokens), finished=rollout.finished, reward=verdict.reward)
             self.add(surprise=-sum(rollout.logprobs))
-            self.add(accuracy=verdict.accuracy, format=verdict.format, language=verdict.language)
+            self.add(**verdict.rules, **emergence.measure(chain_of(rollout.text)))
             self.add(**{f"replies_{language}": 1, f"accuracy_{language}": verdict.accuracy})
             self.add(**{f"language_{language}": verdict.language})
 
@@ -67,7 +68,7 @@ class Tally:
         def share(name: str, of: str) -> float:
             return total[name] / max(total[of], 1.0)
 
-        row = {name: share(name, "replies") for name in ("reward", "accuracy", "format", "language", "finished")}
+        row = {name: share(name, "replies") for name in ("reward", *RULES, *emergence.MEASURES, "finished")}
         for language in self._languages:
             row[f"accuracy_{language}"] = share(f"accuracy_{language}", f"replies_{language}")
             row[f"language_{language}"] = share(f"language_{language}", f"replies_{language}")

@@ -1,6 +1,7 @@
 """The stages of reinforcement learning, called by themselves on artifacts in folders, through Ray where they use it."""
 
 import json
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,20 @@ def inputs(bandit_base, bandit_problems, tmp_path_factory):
         write_problems(folder / f"{split}.jsonl", bandit_problems)
     yield {"checkpoint": Artifact.local(bandit_base, "checkpoint"), "problems": Artifact.local(folder, "problems")}
     session.shutdown()
+
+
+def test_formulas_are_judged_inside_ray_workers(inputs, bandit_problems, tmp_path):
+    pytest.importorskip("math_verify")
+    (tmp_path / "problems").mkdir()
+    surds = (
+        replace(p, verifier="boxed", answer=r"\sqrt{9}", arguments={"value": r"\sqrt{9}"}) for p in bandit_problems
+    )
+    write_problems(tmp_path / "problems" / "heldout.jsonl", surds)
+    config = EvaluateConfig(name="surds", samples=4, temperature=1.0, max_new_tokens=14)
+    plain = evaluate(config, inputs, Context.local(tmp_path / "plain", workers=2))
+    given = inputs | {"problems": Artifact.local(tmp_path / "problems", "problems")}
+    rooted = evaluate(config, given, Context.local(tmp_path / "surds", workers=2))
+    assert rooted["pass_1"] == plain["pass_1"] > 0  # the root of 9 is arm 3
 
 
 def test_generated_problems_are_distinct_split_and_counted(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from glob import glob
@@ -35,6 +35,31 @@ def plain_text(value: Any, field: str, where: str) -> str:
     return value
 
 
+def find_files(path: str, suffixes: tuple[str, ...], field: str) -> list[Path]:
+    """The file at `path`, the files of those suffixes under the folder, or what the glob matches; `field` named it."""
+    place = Path(path)
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        found = [file for file in sorted(place.rglob("*")) if file.is_file() and file.suffix in suffixes]
+    else:
+        matches = sorted(glob(path, recursive=True))  # noqa: PTH207 (an absolute pattern)
+        found = [Path(file) for file in matches if Path(file).is_file()]
+    if not found:
+        kinds = " or ".join(suffixes)
+        raise InputError(f"{field}: no file at {path!r}; give a {kinds} file, a folder of them or a glob")
+    return found
+
+
+def digest_files(files: Iterable[Path]) -> str:
+    """One digest over the files' names and contents, wherever they lie."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            whole.update(f"{file.name}\0{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
 @dataclass(frozen=True)
 class _Files:
     """`path` is a file, a folder or a glob; `text_field` and `id_field` name columns."""
@@ -51,26 +76,10 @@ class _Files:
     option: str = "source.text_field"  # where a user names the field
 
     def files(self) -> list[Path]:
-        path = Path(self.path)
-        if path.is_file():
-            return [path]
-        if path.is_dir():
-            found = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix in self.suffixes]
-        else:
-            matches = sorted(glob(self.path, recursive=True))  # noqa: PTH207 (an absolute pattern)
-            found = [Path(file) for file in matches if Path(file).is_file()]
-        if not found:
-            kinds = " or ".join(self.suffixes)
-            raise InputError(f"source.path: no file at {self.path!r}; give a {kinds} file, a folder of them or a glob")
-        return found
+        return find_files(self.path, self.suffixes, "source.path")
 
     def versions(self) -> dict[str, str]:
-        """One digest over the files' names and contents, wherever they lie."""
-        whole = hashlib.sha256()
-        for file in self.files():
-            with file.open("rb") as handle:
-                whole.update(f"{file.name}\0{hashlib.file_digest(handle, 'sha256').hexdigest()}\n".encode())
-        return {"files": whole.hexdigest()}
+        return {"files": digest_files(self.files())}
 
     def row(self, values: Mapping[str, Any], key: str, where: str) -> Raw:
         self.check(values, where)

@@ -15,7 +15,6 @@ from stages.rl.critic import gae, token_rewards, value_loss
 from stages.rl.mismatch import truncated_importance
 from stages.rl.policy_loss import PolicyBatch, PolicyObjective, policy_loss
 from stages.rl.preference_loss import dpo_loss, preference_margin
-from stages.rl.rewards import overlong_punishment
 
 NEW = [[-1.0, -0.2, -3.0, -0.4], [-0.5, -0.9, -2.0, 0.0], [-2.0, -0.1, 0.0, 0.0]]
 OLD = [[-1.5, -0.2, -1.0, -0.45], [-0.1, -1.9, -9.0, 0.0], [-2.1, -0.3, 0.0, 0.0]]
@@ -245,9 +244,3 @@ def test_dpo_is_the_unified_update_of_a_pair_up_to_beta_and_the_length():
 def test_importance_is_the_ratio_to_the_engine_up_to_the_cap():
     weights = truncated_importance(table([-1.0, -1.0, -2.0]), table([-1.0, -3.0, -1.0]), 2.0)
     torch.testing.assert_close(weights, table([1.0, 2.0, math.exp(-1)]))
-
-
-def test_overlong_replies_are_punished_in_a_line():
-    lengths = (50, 80, 81, 90, 100)
-    assert [overlong_punishment(n, True, 100, 20) for n in lengths] == [0, 0, -0.05, -0.5, -1]
-    assert overlong_punishment(100, False, 100, 20) == -1

@@ -1,9 +1,20 @@
 """Rule rewards against cases worked out by hand, and against text made to cheat them."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stages.problems.problem import Problem
-from stages.rl.rewards import RewardWeights, format_reward, language_consistency, parse, score
+from stages.rl.rewards import (
+    RULES,
+    RewardWeights,
+    format_reward,
+    language_consistency,
+    overlong,
+    parse,
+    repetition,
+    score,
+)
 
 SUM = Problem("p", "chain_sum", "en", 1, "Compute 2+3.", "first 2+3=5", "5", "integer", {"value": 5}, "2+3")
 RIGHT = "<think>first 2+3=5</think><answer>5</answer>"
@@ -79,3 +90,58 @@ def test_language_consistency_is_the_share_of_target_words(chain, language, shar
 def test_a_target_language_overrides_the_questions_own():
     assert score(SUM, RIGHT, True, RewardWeights(language=1.0), "zh").language == 0
     assert parse(RIGHT).answer == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 0.0),
+        ("one two three four", 0.0),  # one 4-gram
+        ("a b c d e f", 0.0),  # three, all different
+        ("wait wait wait wait wait wait", 2 / 3),  # three, one kind
+        ("a b c d a b c d", 1 / 5),  # abcd bcda cdab dabc abcd
+        ("重新算一遍重新算一遍", 2 / 7),  # ten characters, seven 4-grams, five kinds
+        ("!!!!!!!!", 4 / 5),
+        ("3 apples, 3 apples, 3 apples", 2 / 5),  # eight units of period three
+    ],
+)
+def test_repetition_is_the_share_of_four_grams_said_before(text, share):
+    assert repetition(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "punishment"), [(0, 0), (16_384, 0), (16_385, 1 / 4096), (18_432, 0.5), (20_480, 1), (99_999, 1)]
+)
+def test_overlong_is_the_line_that_dapo_draws(tokens, punishment):
+    assert overlong(tokens, max_tokens=20_480, margin=4096) == pytest.approx(punishment)
+
+
+def test_penalties_are_taken_off_the_reward_and_change_nothing_at_weight_zero():
+    looping = "<think>" + "so " * 40 + "</think><answer>5</answer>"
+    plain = score(SUM, looping, True, RewardWeights(), tokens=90, max_tokens=100)
+    assert plain.reward == 1.2
+    assert plain.rules["overlong"] == 0.5
+    weights = RewardWeights(repetition=0.5, overlong=1.0)
+    strict = score(SUM, looping, True, weights, tokens=90, max_tokens=100)
+    assert strict.rules == plain.rules
+    assert strict.reward == pytest.approx(1.2 - 0.5 * plain.rules["repetition"] - 0.5)
+
+
+def test_every_rule_has_a_weight_of_its_name():
+    assert set(RULES) < set(RewardWeights.model_fields)
+
+
+@given(
+    st.text() | st.text(alphabet="<>/thinkanswer 5等,\n"),
+    st.booleans(),
+    st.sampled_from([None, "en", "zh"]),
+    st.integers(0, 10**6),
+    st.integers(0, 10**6),
+)
+@settings(deadline=None)
+def test_every_rule_is_total_and_stays_in_range(text, finished, language, tokens, max_tokens):
+    weights = RewardWeights(**dict.fromkeys(RULES, 1.0))
+    verdict = score(SUM, text, finished, weights, language, tokens, max_tokens)
+    assert set(verdict.rules) == set(RULES)
+    assert all(0 <= value <= 1 for value in verdict.rules.values())
+    assert -2 <= verdict.reward <= 3

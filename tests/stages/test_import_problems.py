@@ -1,0 +1,128 @@
+"""Maths problems of the user's own: read, split, refused by file and line, and learnt from."""
+
+import json
+
+import pytest
+
+from infra.artifact import Artifact
+from infra.errors import ConfigError, InputError
+from infra.stage import Context
+from stages.import_problems import ImportProblemsConfig, import_problems
+from stages.problems.problem import read_problems
+from stages.problems.verify import verify
+from stages.sft import SftConfig, sft
+
+QUESTIONS = [(f"What is {n} + {n}?", str(2 * n)) for n in range(60)] + [
+    (f"{n}的两倍是多少？", f"{2 * n}") for n in range(60)
+]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(*rows, name="set.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+        return str(path)
+
+    return make
+
+
+def read(path, tmp_path, **options):
+    ctx = Context.local(tmp_path / "stage")
+    summary = import_problems(ImportProblemsConfig(name="sums", path=path, license="MIT", **options), {}, ctx)
+    return summary, {split: list(read_problems(ctx.out / f"{split}.jsonl")) for split in ("train", "heldout")}
+
+
+def test_problems_are_split_by_their_question_and_judged_by_their_answer(write, tmp_path):
+    rows = [{"question": question, "answer": answer} for question, answer in QUESTIONS]
+    again = {"question": " what is 1 +  1?", "answer": "2"}  # the second question in other spaces and letters
+    summary, splits = read(write(*rows, "", again), tmp_path)
+    everything = splits["train"] + splits["heldout"]
+    assert (summary["n_train"], summary["n_heldout"]) == tuple(len(splits[split]) for split in ("train", "heldout"))
+    assert len(everything) == 120
+    assert (summary["repeated"], summary["answers_not_numbers"]) == (1, 0)
+    assert min(summary["train_en"], summary["train_zh"]) > 40
+    assert summary["n_heldout"] > 2
+    assert all(problem.split == split for split, problems in splits.items() for problem in problems)
+    for problem in everything:
+        assert verify(problem, rf"\boxed{{{problem.answer}}}")
+        assert not verify(problem, f"{problem.answer}1")
+        assert problem.language == ("en" if problem.question.startswith("What") else "zh")
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ({"answer": 72}, "72"),
+        ({"answer": 0.5}, "0.5"),
+        ({"answer": "She has 70 + 2 = 72.\n#### 72"}, "72"),
+        ({"answer": r"Thus $x = \boxed{\frac{3}{4}}$."}, r"\frac{3}{4}"),
+    ],
+)
+def test_the_answer_is_cut_out_of_what_the_published_sets_have(write, tmp_path, given, answer):
+    _, splits = read(write({"question": "?", **given}), tmp_path)
+    assert [problem.answer for problems in splits.values() for problem in problems] == [answer]
+
+
+def test_fields_are_named_by_the_config(write, tmp_path):
+    row = {"problem": "Double 4.", "solution": r"4+4=\boxed{8}", "level": "Level 3", "lang": "en"}
+    names = {"question_field": "problem", "answer_field": "solution", "solution_field": "solution"}
+    _, splits = read(write(row), tmp_path, **names, level_field="level", language_field="lang")
+    (problem,) = splits["train"] + splits["heldout"]
+    assert (problem.question, problem.answer, problem.chain) == ("Double 4.", "8", r"4+4=\boxed{8}")
+    assert (problem.level, problem.language, problem.family) == (3, "en", "sums")
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "message"),
+    [
+        ("{", {}, "not a JSON value"),
+        ('{"question": ' + "9" * 5000 + "}", {}, "not a JSON value"),
+        ('{"question": "\\ud800", "answer": "1"}', {}, "surrogate"),
+        ("[1]", {}, "must be a JSON object, this is list"),
+        ({"answer": "1"}, {}, r"no field 'question' \(it has answer\); set question_field"),
+        ({"question": "?"}, {}, "no field 'answer'"),
+        ({"question": 1.5, "answer": None}, {}, "'answer' is NoneType"),
+        ({"question": "?", "answer": True}, {}, "'answer' is bool"),
+        ({"question": " ", "answer": "1"}, {}, "'question' is empty"),
+        ({"question": "?", "answer": r"\boxed{}"}, {}, "is no answer"),
+        ({"question": "?", "answer": "1" * 201}, {}, "is no answer"),
+        ({"question": "?", "answer": "1", "level": "hard"}, {"level_field": "level"}, "'level' is 'hard'"),
+        ({"question": "?", "answer": "1", "of": "fr"}, {"language_field": "of"}, "'of' is 'fr'; en and zh"),
+        ({"question": "?", "answer": "1"}, {"solution_field": "why"}, "set solution_field"),
+    ],
+)
+def test_a_bad_line_is_refused_with_its_file_and_number(write, tmp_path, line, options, message):
+    good = {"question": "1+1?", "answer": "2", "level": 1, "of": "en", "why": "1+1=2"}
+    with pytest.raises(InputError, match=rf"set\.jsonl, line 2: .*{message}"):
+        read(write(good, line), tmp_path, **options)
+
+
+def test_a_path_without_files_or_lines_says_what_to_give(write, tmp_path):
+    with pytest.raises(InputError, match=r"path: no file at .*; give a \.jsonl"):
+        read(str(tmp_path / "absent"), tmp_path)
+    with pytest.raises(InputError, match="no line to read"):
+        read(write(), tmp_path)
+
+
+def test_formulas_without_math_verify_are_refused_before_anything_runs(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.problems.boxed.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install"):
+        read(write({"question": "?", "answer": r"\sqrt{2}"}), tmp_path)
+
+
+def test_the_id_follows_the_content_of_the_files_and_not_their_place(write, tmp_path):
+    (tmp_path / "moved").mkdir()
+    paths = [write({"question": "?", "answer": "1"}, name=name) for name in ("a.jsonl", "moved/a.jsonl")]
+    configs = [ImportProblemsConfig(name="sums", path=path, license="MIT") for path in paths]
+    first, second = (import_problems.external(config) for config in configs)
+    assert first == second
+    write({"question": "?", "answer": "2"}, name="a.jsonl")
+    assert import_problems.external(configs[0]) != first
+
+
+def test_problems_without_a_worked_solution_cannot_be_taught(write, tmp_path):
+    read(write(*({"question": question, "answer": answer} for question, answer in QUESTIONS)), tmp_path)
+    problems = Artifact.local(tmp_path / "stage" / "out", "problems")
+    with pytest.raises(InputError, match="solution_field"):
+        sft(SftConfig(epochs=1), {"checkpoint": problems, "problems": problems}, Context.local(tmp_path / "sft"))
