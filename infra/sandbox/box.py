@@ -220,6 +220,7 @@ def supervise(start: Callable[[], None], tell: Callable[[str], None]) -> None:
     child = os.fork()
     if child == 0:
         try:
+            os.setsid()  # a program that signals its group signals itself
             start()
         except (SetupError, OSError, ValueError) as error:
             tell(f"setup: {error}")
