@@ -32,7 +32,6 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, AT_RECURSIVE, AT_FDCWD = 1, 2, 4, 0x8000, -100
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
-NOBODYS_UID = 1 << 30  # + our process id: an identity that owns no file, and whose processes are counted for it alone
 MAX_THREADS = 32
 
 # Names as in the kernel; numbers for x86-64, then arm64 (None: it has no such call).
@@ -73,18 +72,15 @@ def syscall(number: int, *arguments: int | bytes | None) -> int:
 # ---- 1 and 2: namespaces and the file system
 
 
-def enter_namespaces() -> bool:
-    """Leave the host's namespaces; the next fork is process 1 of the new ones. Returns whether we are the real root."""
+def enter_namespaces(root: bool) -> None:
+    """Leave the host's namespaces; the next fork is process 1 of the new ones. Root needs no new user for it."""
     user, group = os.geteuid(), os.getegid()
-    with open("/proc/self/uid_map") as handle:
-        root = user == 0 and handle.read().split() == ["0", "0", str(2**32 - 1)]
     flags = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
     must(libc.unshare(flags if root else flags | NEWUSER), "namespaces (unshare)")
     if not root:
         for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {user} 1"), ("gid_map", f"65534 {group} 1")):
             with open(f"/proc/self/{name}", "w") as handle:
                 handle.write(text)
-    return root
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
@@ -141,10 +137,26 @@ def set_limits(limits: Mapping[str, int]) -> None:
         (resource.RLIMIT_MEMLOCK, 0, 0),
     ):
         resource.setrlimit(what, (soft, hard))
+    if limits["processes"] > 1:
+        count_of_processes_must_bind()
 
 
-def restrict_with_landlock() -> None:
-    """Read and execute what is there, write to /tmp and /dev/null alone; no TCP; no signal out.
+def count_of_processes_must_bind() -> None:
+    """The kernel exempts the machine's root from the count, also where a container calls it by another name."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, hard))
+    try:
+        child = os.fork()
+    except BlockingIOError:
+        resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
+        return
+    if child == 0:
+        os._exit(0)
+    raise SetupError("the kernel does not count this user's processes: run as another user, or with processes=1")
+
+
+def restrict_with_landlock(paths: Sequence[str]) -> None:
+    """Read and execute `paths`, write to /tmp and /dev/null alone; no TCP; no signal out.
 
     The second wall of files: a kernel without Landlock has the file system of step 2.
     """
@@ -156,14 +168,16 @@ def restrict_with_landlock() -> None:
     devices_and_ioctl = 1 << 6 | 1 << 11 | 1 << 15
     attributes = struct.pack("QQQ", everything, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     ruleset = must(syscall(444, attributes, 8 if abi < 4 else 16 if abi < 6 else 24, 0), "Landlock ruleset")
+    of_files = execute | read_file | write_file | truncate
     for path, allowed in (
-        ("/", execute | read_file | read_dir),
+        *((path, execute | read_file | read_dir) for path in paths),
+        *((path, read_file | write_file | truncate) for path in DEVICES),
         ("/tmp", everything & ~(devices_and_ioctl | execute)),
-        ("/dev/null", read_file | write_file | truncate),
+        ("/", read_dir),
     ):
         if os.path.exists(path):
             beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            rule = struct.pack("=Qi", allowed & everything, beneath)
+            rule = struct.pack("=Qi", allowed & everything & (-1 if os.path.isdir(path) else of_files), beneath)
             must(syscall(445, ruleset, 1, rule, 0), f"Landlock rule for {path}")
             os.close(beneath)
     must(syscall(446, ruleset, 0), "Landlock")
@@ -198,7 +212,7 @@ def filter_calls(alone: bool) -> None:
     must(libc.prctl(PR_SET_SECCOMP, 2, struct.pack("HxxxxxxQ", len(lines), ctypes.addressof(code)), 0, 0), "seccomp")
 
 
-def confine(limits: Mapping[str, int], uid: int | None) -> None:
+def confine(limits: Mapping[str, int], paths: Sequence[str], uid: int | None) -> None:
     """All the walls around the calling process, `uid` the identity to take (None: the namespace has given one)."""
     os.chdir("/tmp")
     os.umask(0o077)
@@ -208,7 +222,7 @@ def confine(limits: Mapping[str, int], uid: int | None) -> None:
         os.setresuid(uid, uid, uid)
     set_limits(limits)
     must(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    restrict_with_landlock()
+    restrict_with_landlock(paths)
     filter_calls(alone=limits["processes"] == 1)
 
 
@@ -253,26 +267,26 @@ def main() -> None:
     def tell(line: str) -> None:
         os.write(status, f"{line}\n".encode())
 
-    def start(uid: int | None) -> None:
+    def start() -> None:
         with open("/tmp/program.py", "wb") as handle:
             handle.write(program)
         os.chmod("/tmp/program.py", 0o444)
-        confine(order["limits"], uid)
+        confine(order["limits"], order["paths"], order["uid"])
         tell("ready")
         os.execve(order["python"][0], [*order["python"], "/tmp/program.py"], {})
 
     try:
         die_with_parent()
         if order["in_bubblewrap"]:
-            supervise(lambda: start(None), tell)
-        uid = NOBODYS_UID + os.getpid() if enter_namespaces() else None
+            supervise(start, tell)
+        enter_namespaces(root=order["uid"] is not None)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         init = os.fork()
         if init == 0:
             die_with_parent()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             change_root(order["paths"], order["hidden"], order["room"])
-            supervise(lambda: start(uid), tell)
+            supervise(start, tell)
         signal.signal(signal.SIGTERM, lambda *_: os.kill(init, signal.SIGKILL))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.waitpid(init, 0)  # returns when every process of the namespace is dead

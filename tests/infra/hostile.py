@@ -30,7 +30,7 @@ def _parse(table: str) -> dict[str, Hostile]:
     return found
 
 
-HOSTILE = _parse(r'''
+HOSTILE = _parse(r"""
 ### fork bomb | error | PermissionError
 import os
 while True: os.fork()
@@ -84,7 +84,8 @@ import ctypes
 if ctypes.CDLL(None).vfork() < 0: raise SystemExit("refused")
 ### clone from C | error | refused
 import ctypes, os
-if ctypes.CDLL(None).syscall({"x86_64": 56}.get(os.uname().machine, 220), 17, 0, 0, 0, 0) < 0: raise SystemExit("refused")
+clone = 56 if os.uname().machine == "x86_64" else 220
+if ctypes.CDLL(None).syscall(clone, 17, 0, 0, 0, 0) < 0: raise SystemExit("refused")
 ### clone3 from C | error | refused
 import ctypes
 if ctypes.CDLL(None).syscall(435, bytes(88), 88) < 0: raise SystemExit("refused")
@@ -361,11 +362,13 @@ import pydantic
 import os
 print(os.environ["FATHOM_CANARY"])
 ### expected answer in its own memory | error | not found
-import gc, sys
-named = [str(x) for x in gc.get_objects() if isinstance(x, (list, tuple, dict)) and len(x) < 99]
-needle = "@SEC" + "RET@"
-found = [text for text in [*sys.argv, *sys.orig_argv, *named] if needle.replace("-", "") in text]
-raise SystemExit("ESCAPED" if found else "not found")
+import gc, hashlib, os, sys
+texts = [*sys.argv, *sys.orig_argv, *os.environ, *os.environ.values()]
+for x in gc.get_objects():
+    if isinstance(x, dict): texts += [*x.keys(), *x.values()]
+    elif isinstance(x, (list, tuple, set)): texts += x
+digests = {hashlib.sha256(text.encode()).hexdigest() for text in texts if isinstance(text, str)}
+raise SystemExit("ESCAPED" if "@DIGEST@" in digests else "not found")
 ### error that looks like success | error | exit status 3
 import os
 print("exit 0 cpu 0"); os._exit(3)
@@ -373,13 +376,13 @@ print("exit 0 cpu 0"); os._exit(3)
 ]]]
 ### endless source | error | Error
 x = ((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((((
-''')
+""")
 
 LEGAL: dict[str, tuple[str, str, str, str]] = {  # program, stdin, stdout, backends that cannot do it
     "arithmetic": ("print(sum(i * i for i in range(1000)))", "", "332833500\n", ""),
     "a function": ("def f(n):\n    return n if n < 2 else f(n - 1) + f(n - 2)\nprint(f(15))", "", "610\n", ""),
     "unicode": ("print('深度求索', 'naïve', '🙂')", "", "深度求索 naïve 🙂\n", ""),
-    "an exception that is caught": ("try:\n    1 / 0\nexcept ZeroDivisionError:\n    print('caught')", "", "caught\n", ""),
+    "a caught exception": ("try:\n    1 / 0\nexcept ZeroDivisionError:\n    print('caught')", "", "caught\n", ""),
     "large but allowed output": ("print('x' * 60000)", "", "x" * 60000 + "\n", ""),
     "a big integer": ("print(2 ** 4000 % 1000007)", "", f"{2**4000 % 1000007}\n", ""),
     "lines of input": ("n = int(input())\nprint(sum(int(input()) for _ in range(n)))", "3\n1\n2\n3\n", "6\n", "monty"),
@@ -398,7 +401,12 @@ LEGAL: dict[str, tuple[str, str, str, str]] = {  # program, stdin, stdout, backe
         "3\n",
         "monty",
     ),
-    "recursion": ("import sys\nsys.setrecursionlimit(3000)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(2500))", "", "2500\n", "monty"),
+    "recursion": (
+        "import sys\nsys.setrecursionlimit(3000)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(2500))",
+        "",
+        "2500\n",
+        "monty",
+    ),
     "an end of its own choice": ("import sys\nprint(1)\nsys.exit()", "", "1\n", "monty"),
     "files of its own": ("open('a', 'w').write('x')\nprint(open('a').read())", "", "x\n", "wasm monty"),
     "threads": (
@@ -407,7 +415,7 @@ LEGAL: dict[str, tuple[str, str, str, str]] = {  # program, stdin, stdout, backe
         "3\n",
         "wasm monty",
     ),
-    "asyncio": ("import asyncio\nasyncio.run(asyncio.sleep(0.01))\nprint(1)", "", "1\n", "wasm monty"),
+    "asyncio": ("import asyncio\nasyncio.run(asyncio.sleep(0.01))\nprint(1)", "", "1\n", "wasm"),
     "a temporary folder": (
         "import tempfile\nwith tempfile.TemporaryDirectory() as t: print(len(t) > 4)",
         "",

@@ -1,9 +1,10 @@
-"""Hostile programs against every sandbox of this machine: none gets out, none outstays its limit, each has its reason."""
+"""Hostile programs against every sandbox of this machine: none gets out or outstays its limit, each has its reason."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,11 +20,15 @@ from hostile import HOSTILE, LEGAL, Hostile
 
 from infra.errors import ConfigError
 from infra.sandbox import CodeRunner, Limits, Outcome, backends, code_runner, probe
-from infra.sandbox.box import NOBODYS_UID
+from infra.sandbox.linux import NOBODYS_UID
 from infra.sandbox.unsandboxed import Unsandboxed
 
 LIMITS = Limits(wall_seconds=2, cpu_seconds=1, memory_mb=192)
 AT_ONCE = 4
+HARMLESS = {
+    ("wasm", "interpreter's own library"): "its library is a copy in its own memory",
+    ("monty", "backtracking in C"): "its regular expressions do not backtrack",
+}
 
 
 @dataclass
@@ -75,6 +80,7 @@ def world(runner: CodeRunner, tmp_path_factory: pytest.TempPathFactory) -> Itera
         names = {
             **{"CANARY": str(folder / "canary"), "FOLDER": str(folder), "PORT": str(server.getsockname()[1])},
             **{"VICTIM": str(victim.pid), "SECRET": secret, "REPO": str(Path(__file__).parents[2])},
+            "DIGEST": hashlib.sha256(secret.encode()).hexdigest(),
             "PATHS": repr([path for path in sys.path if path]),
         }
         took = {}
@@ -102,7 +108,7 @@ def test_there_are_enough_hostile_programs() -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_ends_as_it_must(world: World, name: str) -> None:
     hostile, outcome = HOSTILE[name], world.outcomes[name]
-    assert outcome.kind != "ok", outcome
+    assert outcome.kind != "ok" or (world.runner.name, name) in HARMLESS, outcome
     assert outcome.kind != "refused", outcome
     assert outcome.reason
     assert "ESCAPED" not in outcome.stdout + outcome.stderr
@@ -110,7 +116,9 @@ def test_a_hostile_program_ends_as_it_must(world: World, name: str) -> None:
     limits = LIMITS.replace(**hostile.limits)
     assert outcome.seconds < limits.wall_seconds + 1
     assert len(outcome.stdout.encode()) <= limits.output_bytes and len(outcome.stderr.encode()) <= limits.output_bytes
-    if world.runner.name in ("linux", "bubblewrap"):  # the others have less to attack, and end differently
+    if (world.runner.name, name) == ("bubblewrap", "inodes used up"):  # bwrap bounds bytes alone, so time ends it
+        assert outcome.kind in ("error", "timeout"), outcome
+    elif world.runner.name in ("linux", "bubblewrap"):  # the others have less to attack, and end differently
         assert (outcome.kind, hostile.reason in outcome.reason) == (hostile.kind, True), outcome
 
 
@@ -126,7 +134,11 @@ def test_no_process_is_left(world: World) -> None:
         found = []
         for process in psutil.process_iter(["uids", "cmdline", "status"]):
             line, uids = process.info["cmdline"] or [], process.info["uids"]
-            if (uids and uids.real >= NOBODYS_UID) or "/tmp/program.py" in line or any("wasm_worker" in w for w in line):
+            if (
+                (uids and uids.real >= NOBODYS_UID)
+                or "/tmp/program.py" in line
+                or any("wasm_worker" in w for w in line)
+            ):
                 found.append(f"{process.pid} {line}")
         return found
 
@@ -197,7 +209,9 @@ def test_a_wrong_name_is_answered_with_the_right_one() -> None:
 def test_an_unsandboxed_program_is_ended_on_time_with_its_children() -> None:
     program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(613)'])"
     assert Unsandboxed().run(program, limits=LIMITS.replace(wall_seconds=1)).kind == "timeout"
-    assert not [p for p in psutil.process_iter(["cmdline"]) if "import time; time.sleep(613)" in (p.info["cmdline"] or [])]
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if "import time; time.sleep(613)" in (p.info["cmdline"] or [])
+    ]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a sandbox of Linux")
@@ -209,6 +223,11 @@ def test_a_box_that_cannot_be_built_refuses_the_program(monkeypatch: pytest.Monk
     assert "mount" in outcome.reason
 
 
-def test_the_tests_run_as_whoever_they_run_as() -> None:
-    """Root and a plain user take different ways into the same box: the suite holds for the one that runs it."""
-    assert (os.geteuid() == 0) == (psutil.Process().uids().effective == 0)
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs util-linux")
+def test_root_of_a_container_takes_the_way_of_a_plain_user() -> None:
+    """In a user namespace we are root, or somebody, without the machine's privileges: the box is built without."""
+    told = "from infra.sandbox import backends as b; r = b()['linux']; print(r.obstacle(), r.run('print(1)').kind)"
+    for identity in (["--map-root-user"], ["--map-user=1000", "--map-group=1000"]):
+        argv = ["unshare", "--user", *identity, sys.executable, "-c", told]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("None ok\n", ""), identity
