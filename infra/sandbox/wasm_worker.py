@@ -10,15 +10,17 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
 
 
-def stop_after(cpu_seconds: float, tell: Any) -> None:
-    """End this process when it has used so much CPU. The guest runs without the interpreter's lock."""
-    start = time.process_time()
-    while time.process_time() - start < cpu_seconds:
+def stop_after(cpu_seconds: float, tell: Callable[[str], None]) -> None:
+    """End this process when it has used so much CPU, or its parent is dead. The guest runs without our lock."""
+    start, parent = time.process_time(), os.getppid()
+    while os.getppid() == parent:
+        if time.process_time() - start >= cpu_seconds:
+            tell(f"signal 24 cpu {time.process_time() - start:.2f}")  # as SIGXCPU
+            break
         time.sleep(0.02)
-    tell(f"signal 24 cpu {time.process_time() - start:.2f}")  # as SIGXCPU
     os._exit(1)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hostile import HOSTILE, LEGAL, Hostile
+from hostile import HOSTILE, Hostile
+from legal import LEGAL
 
 from infra.errors import ConfigError
 from infra.sandbox import CodeRunner, Limits, Outcome, backends, code_runner, probe
@@ -132,13 +133,10 @@ def test_nothing_of_the_parents_was_read_changed_reached_or_killed(world: World)
 def test_no_process_is_left(world: World) -> None:
     def left() -> list[str]:
         found = []
-        for process in psutil.process_iter(["uids", "cmdline", "status"]):
+        for process in psutil.process_iter(["uids", "cmdline"]):
             line, uids = process.info["cmdline"] or [], process.info["uids"]
-            if (
-                (uids and uids.real >= NOBODYS_UID)
-                or "/tmp/program.py" in line
-                or any("wasm_worker" in w for w in line)
-            ):
+            ours = "/tmp/program.py" in line or any("wasm_worker" in word or "The box:" in word for word in line)
+            if ours or (uids and uids.real >= NOBODYS_UID):
                 found.append(f"{process.pid} {line}")
         return found
 
@@ -146,6 +144,19 @@ def test_no_process_is_left(world: World) -> None:
     while left() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left() == []
+
+
+def test_a_parent_that_is_killed_leaves_no_process(runner: CodeRunner) -> None:
+    program = "import time\ntime.sleep(9)\ntime.sleep(9)\ntime.sleep(9)"
+    told = f"from infra.sandbox import backends as b, Limits; r = b()[{runner.name!r}]; print(r.obstacle(), flush=True)"
+    argv = [sys.executable, "-c", f"{told}; r.run({program!r}, limits=Limits(wall_seconds=60))"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout and parent.stdout.readline() == "None\n"
+        time.sleep(1.5)
+        children = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+    assert children
+    assert psutil.wait_procs(children, timeout=5)[1] == []
 
 
 def test_no_program_outstays_its_limit(world: World) -> None:
