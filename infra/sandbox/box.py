@@ -289,7 +289,9 @@ def main() -> None:
             supervise(start, tell)
         signal.signal(signal.SIGTERM, lambda *_: os.kill(init, signal.SIGKILL))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        os.waitpid(init, 0)  # returns when every process of the namespace is dead
+        # Returns when all of the namespace is dead. Not reaped, for a late signal must not find its id reused.
+        os.waitid(os.P_PID, init, os.WEXITED | os.WNOWAIT)
+        os._exit(0)
     except (SetupError, OSError, ValueError) as error:
         tell(f"setup: {error}")
         os._exit(1)
