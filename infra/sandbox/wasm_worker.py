@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import cast
 
 
 def stop_after(cpu_seconds: float, tell: Callable[[str], None]) -> None:
@@ -54,7 +55,7 @@ def main() -> None:
         store = wasmtime.Store(engine)
         store.set_limits(memory_size=order["limits"]["memory_mb"] << 20)
         store.set_wasi(wasi)
-        start = linker.instantiate(store, module).exports(store)["_start"]
+        start = cast(wasmtime.Func, linker.instantiate(store, module).exports(store)["_start"])
     except Exception as error:
         tell(f"setup: {type(error).__name__}: {str(error).splitlines()[0]}")
         sys.exit(1)
