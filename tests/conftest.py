@@ -55,7 +55,7 @@ def ray_session() -> None:
     session(Settings(workers=2, object_store_mb=128))
 
 
-PRELUDE = "import os, torch\nos.environ |= environment\ntorch.set_num_threads(1)\n"
+PRELUDE = "import faulthandler, os, torch\nfaulthandler.enable()\nos.environ |= environment\ntorch.set_num_threads(1)\n"
 
 
 @pytest.fixture

@@ -54,8 +54,9 @@ COMPARE = """
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        weights = [weight.full_tensor() if reshard is not None else weight for weight in model.parameters()]
-        return losses, [weight.detach().clone() for weight in weights], alive
+        weights = [weight.detach() for weight in model.parameters()]
+        whole = [weight.clone() if reshard is None else weight.full_tensor().clone() for weight in weights]
+        return losses, whole, alive
 
     dist.init_process_group("gloo")
     losses, weights, alive = trained()
