@@ -22,8 +22,8 @@ from stages.corpus import languages
 from stages.corpus.document import fraction
 from stages.corpus.sources import Raw, Source
 from stages.corpus.sources.files import HubDataset, JsonLines, Parquet
-from stages.rejection_sample import CONVERSATIONS
 from stages.tokens.chat_template import ROLES
+from stages.training.supervised import CONVERSATIONS
 
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 

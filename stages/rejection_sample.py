@@ -21,8 +21,7 @@ from stages.problems.problem import Problem, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl.prompts import Template
 from stages.rl.sample import SampleJob, gather, sample
-
-CONVERSATIONS = pa.schema([(name, pa.string()) for name in ("id", "messages", "problem", "language", "family")])
+from stages.training.supervised import CONVERSATIONS
 
 
 class RejectionSampleConfig(Config):

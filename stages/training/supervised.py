@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import model_validator
 
@@ -28,6 +29,8 @@ from stages.training.plots import plot_losses
 from stages.training.schedules import LearningRate
 
 Messages = Sequence[dict[str, str]]
+# Rows of a conversations artifact: `messages` as JSON; `problem` is None where no problem was asked.
+CONVERSATIONS = pa.schema([(name, pa.string()) for name in ("id", "messages", "problem", "language", "family")])
 
 
 class SupervisedConfig(Optimization):
