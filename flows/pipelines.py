@@ -113,9 +113,9 @@ class Pipeline:
             stage = load(node.stage)
             stage.check_roles(node.roles)
             for role, source in node.roles.items():
-                wanted, makes = stage.takes[role.partition(".")[0]].kind, load(self.by_name[source].stage).makes
-                if wanted != makes:
-                    raise ConfigError(f"{node.name}: input {role} takes {wanted}, but {source} makes {makes}")
+                wanted, makes = stage.takes[role.partition(".")[0]], load(self.by_name[source].stage).makes
+                if makes not in wanted.kinds:
+                    raise ConfigError(f"{node.name}: input {role} takes {wanted.kind}, but {source} makes {makes}")
 
 
 def _evaluate(name: str, checkpoint: str) -> Node:

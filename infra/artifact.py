@@ -29,6 +29,7 @@ Kind = Literal[
     "conversations",
     "problems",
     "rollouts",
+    "preferences",
     "reward_model",
     "report",
     "export",

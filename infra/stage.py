@@ -31,21 +31,31 @@ Refs = Mapping[str, str]  # role, or role.name for a role of many → artifact i
 
 @dataclass(frozen=True)
 class Role:
-    """What a stage takes under a name: artifacts of one kind, exactly one, at most one, or any number."""
+    """What a stage takes under a name: artifacts of one of `kinds`, exactly one, at most one, or any number."""
 
-    kind: str
+    kinds: tuple[str, ...]
     optional: bool = False
     many: bool = False
 
+    @property
+    def kind(self) -> str:
+        """As it is told to users."""
+        return " or ".join(self.kinds)
 
-def optional(kind: Kind) -> Role:
+
+def one_of(*kinds: Kind) -> Role:
+    """A role of one artifact that may be of several kinds."""
+    return Role(kinds)
+
+
+def optional(*kinds: Kind) -> Role:
     """A role that may be left out."""
-    return Role(kind, optional=True)
+    return Role(kinds, optional=True)
 
 
-def many(kind: Kind) -> Role:
+def many(*kinds: Kind) -> Role:
     """A role of one or more artifacts, given as `role.name`."""
-    return Role(kind, many=True)
+    return Role(kinds, many=True)
 
 
 @dataclass
@@ -141,8 +151,8 @@ def stage(
     A stage that reads what no store holds (a user's files, an installed package) says in `reads` what that is now, as
     name → version or digest: it enters the id, so a changed file is never mistaken for the one that was read.
     """
-    roles = {name: role if isinstance(role, Role) else Role(role) for name, role in (takes or {}).items()}
-    assert makes in KINDS and all(role.kind in KINDS for role in roles.values()), (makes, roles)
+    roles = {name: role if isinstance(role, Role) else Role((role,)) for name, role in (takes or {}).items()}
+    assert makes in KINDS and all(kind in KINDS for role in roles.values() for kind in role.kinds), (makes, roles)
 
     def declare(fn: Callable[..., dict[str, Scalar]]) -> Stage:
         config_type = get_type_hints(fn)["config"]
@@ -185,10 +195,10 @@ def run(
             return _reused(store, stage, artifact_id)
         inputs = {role: store.check(ref) for role, ref in refs.items()}
         for role, artifact in inputs.items():
-            wanted = stage.takes[role.partition(".")[0]].kind
-            if artifact.kind != wanted:
+            wanted = stage.takes[role.partition(".")[0]]
+            if artifact.kind not in wanted.kinds:
                 raise ConfigError(
-                    f"{stage.name}: input {role} is {artifact.id}, a {artifact.kind}; it takes a {wanted}"
+                    f"{stage.name}: input {role} is {artifact.id}, a {artifact.kind}; it takes a {wanted.kind}"
                 )
         with store.draft(artifact_id) as (out, scratch):
             if store.exists(artifact_id) and not force:  # made by the process that held the lock before us
