@@ -22,7 +22,9 @@ COMPARE = """
         **{"n_dense_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1},
         **{"moe_d_ff": 32},
     )
-    device = torch.device(DEVICE, int(environment["RANK"])) if DEVICE == "cuda" else torch.device("cpu")
+    device = torch.device(DEVICE, int(environment["LOCAL_RANK"]) if DEVICE == "cuda" else None)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(device)
     made, quantizer = [], fp8.quantizer(device)
     quantize_weight = quantizer.quantize_weight
 
@@ -70,7 +72,7 @@ COMPARE = """
         gathered = [(each.full_tensor() if isinstance(each, DTensor) else each).clone() for each in weights]
         return losses, gathered, alive
 
-    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo", device_id=device if DEVICE == "cuda" else None)
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     losses, weights, alive = trained()
     assert alive == len(made) == 12, "a weight that is not sharded is quantised once a step"
     for options in OPTIONS:
