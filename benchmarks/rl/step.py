@@ -27,129 +27,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # read once, on import
 
 import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
-from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import record
-from flows.recipes import h100, tiny
-from model.config import ModelConfig
-from model.exchange import export_hf
-from model.transformer import Transformer
-from stages.grpo import GrpoConfig
-from stages.problems.problem import Problem
-from stages.problems.registry import LANGUAGES, generate
+from benchmarks.rl.peer import EXPERTS, Paid, Peer, trainer
+from benchmarks.rl.task import ENDS, SETTINGS, Setting, Task, make_task, say, teach
 from stages.rl.learner import GrpoJob, Learner
-from stages.rl.prompts import prompt_ids, reply_text
-from stages.rl.rewards import score
-from stages.tokens import bpe
-from stages.training.checkpoint import load_config, load_model, save_model
+from stages.training.checkpoint import load_config
 from stages.training.distributed import Ranks
-
-# transformers' implementations, to choose from. The third, batched_mm, copies an expert's weights for every token: more
-# memory than there is, in training.
-EXPERTS = ("grouped_mm", "eager")
-ENDS = {"ends": bpe.EOS, "full": bpe.USER}  # the mark that ends a reply: the one taught, and one that nobody writes
-REWARDS = {"accuracy": 1.0, "format": 0.1, "language": 0.1, "repetition": 1.0}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A device's models, what they read, and the GRPO settings of its recipe."""
-
-    models: dict[str, ModelConfig]
-    families: tuple[str, ...]
-    levels: tuple[int, ...] | None
-    grpo: dict[str, Any]
-    taught: dict[str, Any]
-    sizes: tuple[int, ...]  # of TRL's micro-batches, to choose from
-    dtype: torch.dtype  # of TRL's weights
-
-
-SETTINGS = {
-    "cpu": Setting(
-        {
-            "deepseek_v3": ModelConfig(**{**tiny.MODEL, "vocab_size": 2048, "n_mtp": 0}),
-            "llama": ModelConfig(family="llama", **tiny.STUDENT, vocab_size=2048),
-        },
-        tiny.FAMILIES,
-        tiny.LEVELS,
-        {**tiny.GRPO, "groups_per_step": 32},
-        {"n": 4000, "vocab_size": 2048, "steps": 160, "batch": 16, "learning_rate": 2e-3},
-        (32, 128),
-        torch.float32,
-    ),
-    "cuda": Setting(
-        {"deepseek_v3": ModelConfig(**{**h100.MODEL, "vocab_size": 16384, "n_mtp": 0})},
-        h100.FAMILIES,
-        None,
-        h100.RL,
-        {"n": 20_000, "vocab_size": 16384, "steps": 200, "batch": 64, "learning_rate": 8e-4},
-        (64, 256),
-        torch.bfloat16,
-    ),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What both sides do: one question each of `problems`, `config.group_size` replies, from the weights in `ours`."""
-
-    config: GrpoConfig
-    problems: tuple[Problem, ...]
-    ours: Path
-    published: Path
-
-
-def teach(folder: Path, config: ModelConfig, setting: Setting, device: str) -> None:
-    """Leave a checkpoint in `folder`, with its tokenizer, that has read worked problems, one a row."""
-    how = setting.taught
-    read = [p.worked for p in generate(setting.families, LANGUAGES, how["n"], 1, "train", setting.levels)]
-    tokenizer = bpe.train(read, how["vocab_size"], digits="single")
-    folder.mkdir(parents=True)
-    tokenizer.save(folder)
-    rows = [[tokenizer.bos, *ids, tokenizer.eos] for ids in tokenizer.encode_batch(read)]
-    torch.manual_seed(0)
-    model = Transformer(config).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=how["learning_rate"], betas=(0.9, 0.95))
-    for step in range(how["steps"]):
-        optimizer.param_groups[0]["lr"] = how["learning_rate"] * min(1, (step + 1) / 20, 2 - 2 * step / how["steps"])
-        batch = [rows[(step * how["batch"] + place) % len(rows)] for place in range(how["batch"])]
-        longest = max(map(len, batch))
-        tokens_BT = torch.tensor([row + [tokenizer.pad] * (longest - len(row)) for row in batch], device=device)
-        targets_BT = tokens_BT[:, 1:]
-        loss = -model(tokens_BT[:, :-1]).log_probs(targets_BT)[targets_BT != tokenizer.pad].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 40 == 0:
-            say(f"  read {step + 1} of {how['steps']} batches, loss {loss.item():.3f}")
-    save_model(folder, model, None)
-
-
-def end_replies_with(mark: str, taught: Path, folder: Path) -> tuple[Path, Path]:
-    """The taught checkpoint as ours and as published, with `mark` for its EOS."""
-    ours, published = folder / "ours", folder / "published"
-    model = load_model(taught)
-    save_model(ours, model, taught)
-    settings = ours / "tokenizer_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token": mark}, ensure_ascii=False))
-    export_hf(model, published, ours)
-    return ours, published
 
 
 class Ours:
@@ -165,43 +63,6 @@ class Ours:
         row = self.learner.step(self.steps)
         self.steps += 1
         return {name: row[name] for name in ("reward", "length", "reply_tokens", "flat_groups", "generation_share")}
-
-
-class Paid:
-    """The reward function that TRL calls: our rules on its token ids. Remembers what it saw of each step."""
-
-    __name__ = "paid"
-
-    def __init__(self, task: Task) -> None:
-        self.task, self.tokenizer = task, bpe.load_tokenizer(task.ours)
-        self.rewards: list[float] = []
-        self.lengths: list[int] = []
-
-    def __call__(self, completion_ids: list[list[int]], number: list[int], **_: Any) -> list[float]:
-        config = self.task.config
-        self.lengths = [len(ids) for ids in completion_ids]
-        self.rewards = [
-            score(
-                self.task.problems[which],
-                reply_text(ids, self.tokenizer),
-                ids[-1] == self.tokenizer.eos,
-                config.rewards,
-                config.target_language,
-                len(ids),
-                config.max_new_tokens,
-            ).reward
-            for ids, which in zip(completion_ids, number, strict=True)
-        ]
-        return self.rewards
-
-    def row(self) -> dict[str, float]:
-        return {
-            "reward": statistics.mean(self.rewards),
-            "length": statistics.mean(self.lengths),
-            "reply_tokens": float(sum(self.lengths)),
-            "reward_sd": statistics.stdev(self.rewards),
-            "length_sd": statistics.stdev(self.lengths),
-        }
 
 
 class Turns(TrainerCallback):
@@ -232,62 +93,6 @@ class Turns(TrainerCallback):
             self.ours.append(self.since(began) | row)
             say(f"  turn {len(self.ours)}: ours {brief(self.ours[-1])}, TRL {brief(self.theirs[-1])}")
         self.began = self.now()
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """What is left to choose for TRL."""
-
-    micro_batch: int
-    experts: str | None  # None: the model has none
-
-
-def trainer(
-    task: Task, setting: Setting, device: str, steps: int, peer: Peer, folder: Path
-) -> tuple[GRPOTrainer, Paid]:
-    """TRL's trainer for `steps` steps of the task, and its reward function."""
-    config = task.config
-    options = {"experts_implementation": peer.experts} if peer.experts else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        task.published, dtype=setting.dtype, attn_implementation="sdpa", **options
-    )
-    tokenizer = AutoTokenizer.from_pretrained(task.published)
-    ours = bpe.load_tokenizer(task.ours)
-    rows = []
-    for number, problem in enumerate(task.problems):
-        row = {"prompt": f"{bpe.BOS}{problem.question}\n", "number": number}
-        assert tokenizer(row["prompt"])["input_ids"] == prompt_ids(problem.question, config.template, ours), row
-        rows.append(row)
-    replies = len(rows) * config.group_size
-    arguments = GRPOConfig(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=peer.micro_batch,
-        gradient_accumulation_steps=replies // peer.micro_batch,
-        num_generations=config.group_size,
-        max_completion_length=config.max_new_tokens,
-        temperature=config.temperature,
-        beta=config.kl_coefficient,
-        loss_type="grpo",
-        use_bias_correction_kl=False,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=config.max_gradient_norm,
-        adam_beta2=0.95,
-        optim="adamw_torch_fused",
-        bf16=device == "cuda",
-        use_cpu=device == "cpu",
-        gradient_checkpointing=False,
-        dataloader_num_workers=0,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    paid = Paid(task)
-    made = GRPOTrainer(model, paid, arguments, Dataset.from_list(rows), processing_class=tokenizer)
-    made.remove_callback(PrinterCallback)
-    return made, paid
 
 
 def run(
@@ -325,13 +130,6 @@ def fastest(task: Task, setting: Setting, device: str) -> Peer:
     return min(taken, key=taken.__getitem__)
 
 
-def make_task(setting: Setting, ends: str, kl: float, taught: Path, folder: Path) -> Task:
-    changes = {"rewards": REWARDS, "kl_coefficient": kl, "keep_rollouts_every": 0, "warmup_steps": 0}
-    config = GrpoConfig(**{**setting.grpo, **changes, "template": "r1_zero", "steps": 10**6})
-    problems = generate(setting.families, LANGUAGES, config.groups_per_step, 2, "train", setting.levels)
-    return Task(config, tuple(problems), *end_replies_with(ENDS[ends], taught, folder))
-
-
 def check_same_work(ours: dict[str, float], theirs: dict[str, float], replies: int) -> None:
     """The first turn's mean reward and length agree within four standard errors."""
     for name in ("reward", "length"):
@@ -361,10 +159,6 @@ def rows_of(case: str, ours: list[dict[str, float]], theirs: list[dict[str, floa
 
 def brief(row: dict[str, float]) -> str:
     return f"{row['seconds']:.2f} s (reward {row['reward']:.3f}, length {row['length']:.1f})"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:

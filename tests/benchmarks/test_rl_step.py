@@ -4,9 +4,9 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.rl import step
+from benchmarks.rl import peer, step, task
 from model.config import ModelConfig
 from stages.rl.prompts import prompt_ids
 from stages.tokens import bpe
@@ -17,7 +17,7 @@ MICRO = ModelConfig(
     **{"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "n_dense_layers": 1},
     **{"n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1, "moe_d_ff": 16},
 )
-SETTING = step.Setting(
+SETTING = task.Setting(
     {"micro": MICRO},
     ("compare", "reverse"),
     (1,),
@@ -31,19 +31,19 @@ SETTING = step.Setting(
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     folder = tmp_path_factory.mktemp("taught") / "checkpoint"
-    step.teach(folder, MICRO, SETTING, "cpu")
+    task.teach(folder, MICRO, SETTING, "cpu")
     return folder
 
 
 def test_both_sides_take_turns_from_the_same_policy(taught, tmp_path):
-    task = step.make_task(SETTING, "ends", 0.001, taught, tmp_path)
-    prompt_T = torch.tensor([prompt_ids(task.problems[0].question, "r1_zero", bpe.load_tokenizer(task.ours))])
+    asked = task.make_task(SETTING, "ends", 0.001, taught, tmp_path)
+    prompt_T = torch.tensor([prompt_ids(asked.problems[0].question, "r1_zero", bpe.load_tokenizer(asked.ours))])
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(task.published)(prompt_T).logits
-        ours = load_model(task.ours)
+        theirs = AutoModelForCausalLM.from_pretrained(asked.published)(prompt_T).logits
+        ours = load_model(asked.ours)
         torch.testing.assert_close(ours.logits(ours(prompt_T).hidden_BTD), theirs, rtol=1e-4, atol=1e-4)
 
-    turns = step.run(task, SETTING, "cpu", 2, step.Peer(8, "eager"), step.Ours(task, "cpu").step)
+    turns = step.run(asked, SETTING, "cpu", 2, peer.Peer(8, "eager"), step.Ours(asked, "cpu").step)
 
     assert len(turns.ours) == len(turns.theirs) == 2
     step.check_same_work(turns.ours[0], turns.theirs[0], replies=16)
@@ -51,11 +51,11 @@ def test_both_sides_take_turns_from_the_same_policy(taught, tmp_path):
     assert all(row["ours"] > 0 and row["anchors"]["trl"] > 0 for row in rows)
 
 
-def test_a_reply_that_the_full_case_asks_for_runs_past_the_marks_end(taught, tmp_path):
-    task = step.make_task(SETTING, "full", 0.0, taught, tmp_path)
-    tokenizer = bpe.load_tokenizer(task.ours)
-    assert tokenizer.eos_token == bpe.USER
-    assert step.Paid(task)([[tokenizer.bos, tokenizer.eos]], [0])
+def test_in_the_full_case_a_mark_that_nobody_writes_ends_a_reply_on_both_sides(taught, tmp_path):
+    asked = task.make_task(SETTING, "full", 0.0, taught, tmp_path)
+    tokenizer = bpe.load_tokenizer(asked.ours)
+    assert tokenizer.eos == tokenizer.user
+    assert AutoTokenizer.from_pretrained(asked.published).eos_token_id == tokenizer.user
 
 
 def test_work_that_differs_is_refused():
