@@ -6,11 +6,11 @@
 Both start from the same weights (ours, exported to the published format), ask the same questions by the same ids, as
 many replies each, are paid by the same function and make one update with the same learning rate, clip and KL
 coefficient. The model is the recipe's (`tiny` on a CPU, `h100` on a GPU) and has first read some worked problems: the
-replies of random weights earn nothing and end anywhere. The reward counts repeats too, so that groups have contrast: a
-group without it is one that our learner passes over and TRL's does not. There should be none, and its share is kept.
+replies of random weights earn nothing and end anywhere. The reward counts repeats too, so that most groups have
+contrast: those without have no gradient but the KL term's, and our learner passes over them where TRL's does not.
 
-- `full`: a mark that the model has never seen ends a reply, so replies run to the limit;
-- `ends`: replies end where the model ends them.
+- `full`: a mark that the model has never seen ends a reply, so replies run to the limit, and hardly a group is flat;
+- `ends`: replies end where the model ends them. What share of groups is flat is kept as `flat_groups`.
 
 Ours is `Learner.step` itself, as the recipe sets it: questions, generation, rewards, advantages, update, metrics. TRL's
 is what passes from the end of our turn to the end of its step; it does not log, save or checkpoint activations, attends
@@ -152,6 +152,7 @@ def rows_of(case: str, ours: list[dict[str, float]], theirs: list[dict[str, floa
         row = {"case": case, "metric": metric, "ours": statistics.median(own)}
         row["anchors"] = {"trl": statistics.median(other)}
         row["ratio"] = row["ours"] / row["anchors"]["trl"]
+        row["flat_groups"] = statistics.mean(turn["flat_groups"] for turn in ours)
         row["ratio_of_turns"] = [min(ratios), statistics.median(ratios), max(ratios)]
         rows.append(row)
     return rows
