@@ -29,6 +29,8 @@ NAMES = (
     "grpo",
     "rejection_sample",
     "make_preferences",
+    "dpo",
+    "train_reward_model",
     "distill",
     "evaluate",
     "export",
