@@ -26,6 +26,7 @@ NAMES = (
     "ingest_conversations",
     "sft",
     "grpo",
+    "sample",
     "rejection_sample",
     "distill",
     "evaluate",
