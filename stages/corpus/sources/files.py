@@ -74,6 +74,7 @@ class _Files:
     suffixes: tuple[str, ...] = ()
     convert: Convert = plain_text
     option: str = "source.text_field"  # where a user names the field
+    columns: tuple[str, ...] = ()  # if any: `convert` gets those that a row has, by name, and not the field alone
 
     def files(self) -> list[Path]:
         return find_files(self.path, self.suffixes, "source.path")
@@ -85,7 +86,7 @@ class _Files:
         self.check(values, where)
         if self.id_field is not None:
             key = str(values[self.id_field])
-        return Raw(key, self.convert(values[self.text_field], self.text_field, where))
+        return Raw(key, self.convert(_asked(values, self), self.text_field, where))
 
     def check(self, names: Collection[str], where: str) -> None:
         """InputError if a field that is asked for is not there."""
@@ -156,8 +157,9 @@ class Parquet(_Files):
     def read(self, unit: str) -> list[Raw]:
         path, _, group = unit.rpartition(":")
         file = _parquet(path)
-        columns = [self.text_field] + ([self.id_field] if self.id_field else [])
         self.check(file.schema_arrow.names, path)
+        asked = {self.text_field, self.id_field, *self.columns}
+        columns = [name for name in file.schema_arrow.names if name in asked]
         try:
             rows = file.read_row_group(int(group), columns=columns).to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
@@ -179,6 +181,7 @@ class HubDataset:
     license: str
     convert: Convert = plain_text
     option: str = "source.text_field"
+    columns: tuple[str, ...] = ()
 
     def versions(self) -> dict[str, str]:
         return {}  # a dataset's name is its identity: finding its revision would mean fetching it to plan
@@ -192,11 +195,21 @@ class HubDataset:
 
     def read(self, unit: str) -> list[Raw]:
         data = _load_dataset(self.path, self.subset, self.split)
-        texts = data[int(unit) : int(unit) + BLOCK_ROWS][self.text_field]
-        keys = [f"{self.split}/{row}" for row in range(int(unit), int(unit) + len(texts))]
-        where = f"dataset {self.path}, "
-        found = zip(keys, texts, strict=True)
-        return [Raw(key, self.convert(text, self.text_field, where + key)) for key, text in found]
+        asked = [name for name in data.column_names if name in {self.text_field, *self.columns}]
+        rows = data.select_columns(asked)[int(unit) : int(unit) + BLOCK_ROWS]
+        where, found = f"dataset {self.path}, ", []
+        for number, values in enumerate(zip(*rows.values(), strict=True), start=int(unit)):
+            key = f"{self.split}/{number}"
+            value = _asked(dict(zip(rows, values, strict=True)), self)
+            found.append(Raw(key, self.convert(value, self.text_field, where + key)))
+        return found
+
+
+def _asked(values: Mapping[str, Any], source: _Files | HubDataset) -> Any:
+    """What of a row `convert` reads."""
+    if not source.columns:
+        return values[source.text_field]
+    return {name: values[name] for name in source.columns if name in values}
 
 
 def decode(data: bytes, where: str) -> str:
