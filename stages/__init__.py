@@ -27,6 +27,7 @@ NAMES = (
     "ingest_preferences",
     "sft",
     "grpo",
+    "sample",
     "rejection_sample",
     "make_preferences",
     "dpo",
