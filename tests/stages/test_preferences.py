@@ -107,7 +107,7 @@ def test_a_margin_must_be_a_number_and_a_missing_column_is_named_with_its_option
 
 
 def rollout(problem, text, accuracy, step=1, language="en", finished=True, reward=None):
-    row = dict.fromkeys(SCHEMA.names, 0.0) | {"family": "f", "level": 1, "tokens": 9, "step": step}
+    row = dict.fromkeys(SCHEMA.names) | {"step": step}
     row |= {"problem_id": problem, "prompt": f"Q {problem}", "completion": text, "language": language}
     return row | {"finished": finished, "accuracy": accuracy, "reward": accuracy if reward is None else reward}
 
