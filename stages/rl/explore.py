@@ -12,6 +12,7 @@ import torch
 from model.config import ModelConfig
 from stages.problems.problem import Language, Problem
 from stages.rl.engines.base import Engine, Sampling
+from stages.rl.judges import Judges
 from stages.rl.prompts import Template, prompt_ids, reply_text
 from stages.rl.rewards import RewardWeights, score
 from stages.rl.rollout import Rollout, forward_flops
@@ -38,9 +39,16 @@ class Explorer:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, model: ModelConfig, asking: Asking, store: RolloutStore
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        model: ModelConfig,
+        asking: Asking,
+        store: RolloutStore,
+        judges: Judges | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.model, self.asking, self.store = engine, tokenizer, model, asking, store
+        self.judges = judges or Judges()
         self._weights = ""
 
     def take(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -70,7 +78,14 @@ class Explorer:
 
     def _key(self, problems: Sequence[Problem], seed: int) -> str:
         asking = dataclasses.asdict(self.asking) | {"rewards": self.asking.rewards.model_dump()}
-        parts = [type(self.engine).__name__, self._weights, seed, asking, [problem.to_json() for problem in problems]]
+        parts = [
+            type(self.engine).__name__,
+            self._weights,
+            self.judges.names,
+            seed,
+            asking,
+            [problem.to_json() for problem in problems],
+        ]
         return sha256(json.dumps(parts).encode()).hexdigest()
 
     def _ask(self, problems: Sequence[Problem], seed: int) -> list[Rollout]:
@@ -84,4 +99,4 @@ class Explorer:
             length = len(reply.tokens), asking.sampling.max_new_tokens
             verdict = score(problem, text, reply.finished, asking.rewards, asking.target_language, *length)
             rollouts.append(Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict))
-        return rollouts
+        return self.judges.judge(rollouts, tokenizer)

@@ -31,6 +31,9 @@ class RewardWeights(Config):
     accuracy: float = Field(1.0, ge=0, title="Accuracy", description="weight of a right answer")
     format: float = Field(0.2, ge=0, title="Format", description="weight of a well-formed reply")
     language: float = Field(0.0, ge=0, title="Language", description="weight of the share of target-language words")
+    preference: float = Field(
+        0.0, ge=0, title="Preference", description="What a point of the reward model is worth, if one is given"
+    )
     repetition: float = Field(0.0, ge=0, title="Repetition", description="what a reply of nothing but repeats loses")
     overlong: float = Field(0.0, ge=0, title="Overlong", description="what a reply that fills its limit loses; DAPO: 1")
     overlong_margin: float = Field(
@@ -151,6 +154,7 @@ PENALTIES: dict[str, Callable[[Judged, RewardWeights], float]] = {
     ),
 }
 RULES = (*REWARDS, *PENALTIES)
+JUDGED = ("preference", "process")  # what models say of a reply (`judges.py`), where there are any
 
 
 def score(

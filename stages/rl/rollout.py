@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 from infra.errors import InputError
 from model.config import ModelConfig
 from stages.problems.problem import Problem
-from stages.rl.rewards import RULES, Score
+from stages.rl.rewards import JUDGED, RULES, Score
 
 FILES = "rollouts-*.parquet"
-COLUMNS = {name: "language_consistency" if name == "language" else name for name in RULES}  # rule → its column
+# What is said of a reply → its column. None where nothing was said: no model judged it.
+COLUMNS = {name: "language_consistency" if name == "language" else name for name in (*RULES, *JUDGED)}
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()),  # of reinforcement learning, from 1; 0 where nothing was learnt
@@ -43,6 +44,8 @@ SCHEMA = pa.schema(
         ("logprobs", pa.list_(pa.float32())),  # the engine's, of each of reply_ids
         ("reward", pa.float64()),
         *((column, pa.float64()) for column in COLUMNS.values()),
+        ("step_ends", pa.list_(pa.int32())),  # which of reply_ids ends each step that a process model has scored
+        ("step_rewards", pa.list_(pa.float64())),
         ("flops", pa.float64()),  # of sampling it
     ]
 )
@@ -50,7 +53,8 @@ SCHEMA = pa.schema(
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One scored reply. `logprobs` are the engine's, one for each token of `tokens`, in fp32."""
+    """One scored reply. `logprobs` are the engine's, one for each token of `tokens`, in fp32; `steps` the token at
+    which each step ends and its reward, if steps are rewarded."""
 
     problem: Problem
     prompt: list[int]
@@ -59,6 +63,7 @@ class Rollout:
     finished: bool
     text: str
     score: Score
+    steps: tuple[tuple[int, float], ...] = ()
 
     def row(self, step: int = 0, group: int = 0, sample: int = 0, flops: float = 0.0) -> dict[str, Any]:
         return {
@@ -78,7 +83,9 @@ class Rollout:
             "reply_ids": self.tokens,
             "logprobs": self.logprobs,
             "reward": self.score.reward,
-            **{column: self.score.rules[name] for name, column in COLUMNS.items()},
+            **{column: self.score.rules.get(name) for name, column in COLUMNS.items()},
+            "step_ends": [end for end, _ in self.steps],
+            "step_rewards": [reward for _, reward in self.steps],
             "flops": flops,
         }
 
@@ -92,7 +99,8 @@ class Rollout:
             row["logprobs"],
             row["finished"],
             row["completion"],
-            Score(row["reward"], {name: row[column] for name, column in COLUMNS.items()}),
+            Score(row["reward"], {name: row[col] for name, col in COLUMNS.items() if row[col] is not None}),
+            tuple(zip(row["step_ends"], row["step_rewards"], strict=True)),
         )
 
 

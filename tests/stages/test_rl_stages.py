@@ -20,10 +20,11 @@ from stages.rejection_sample import RejectionSampleConfig, choose, rejection_sam
 from stages.report import ReportConfig, report
 from stages.rl.learner import GrpoJob, learn
 from stages.rl.prompts import reply_text
+from stages.rl.reward_model import save_reward_model
 from stages.rl.rollout import read_rollouts
 from stages.sample import SampleConfig, sample
 from stages.tokens.bpe import load_tokenizer
-from stages.training.checkpoint import load_model
+from stages.training.checkpoint import load_model, load_value_model
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,20 @@ def test_a_filter_that_leaves_nothing_says_so(inputs, tmp_path):
     ):
         with pytest.raises(InputError, match="widen the filter"):
             stage(config, inputs, Context.local(tmp_path))
+
+
+def test_reward_models_and_what_asks_for_them_go_together(inputs, bandit_base, tmp_path):
+    save_reward_model(tmp_path, load_value_model(bandit_base), "steps", bandit_base)
+    judge = Artifact.local(tmp_path, "reward_model")
+    points = {"rewards": {"preference": 1}}
+    for config, given, says in (
+        ({}, {"reward_model": judge}, "rewards.preference > 0 go together"),
+        (points, {}, "rewards.preference > 0 go together"),
+        (points, {"reward_model": judge}, "judges the steps: give one of target response or answer"),
+        ({"supervision": "process"}, {}, "process_reward_model and supervision=process"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            grpo(GrpoConfig.parse(config), inputs | given, Context.local(tmp_path / "run"))
 
 
 def test_chunks_must_fill_a_step():
