@@ -32,6 +32,8 @@ NAMES = (
     "make_preferences",
     "dpo",
     "train_reward_model",
+    "label_steps",
+    "train_process_reward_model",
     "distill",
     "evaluate",
     "export",

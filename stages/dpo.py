@@ -1,4 +1,4 @@
-"""Direct preference optimisation (2305.18290), as DeepSeek LLM ends its post-training (section 5.5).
+"""Direct preference optimisation (2305.18290), as DeepSeek LLM ends its alignment (2401.02954, section 4).
 
 A checkpoint learns to prefer the chosen reply over the rejected one, measured against itself as it was. The reference's
 log-probabilities are computed once, before the first step; chosen and rejected replies are read behind one prompt.

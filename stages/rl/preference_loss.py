@@ -30,7 +30,7 @@ def dpo_loss(margin_B: Tensor, beta: float, n_pairs: int, label_smoothing: float
 
 def likelihood_loss(chosen_B: Tensor, lengths_B: Tensor, n_pairs: int) -> Tensor:
     """−Σ log π(chosen) / |chosen| / n_pairs: what keeps DPO from making both replies unlikely (iterative reasoning
-    preference optimisation, 2404.19733, equation 1)."""
+    preference optimisation, 2404.19733, section 2)."""
     return -(chosen_B / lengths_B).sum() / n_pairs
 
 
@@ -39,7 +39,7 @@ def bradley_terry_loss(chosen_B: Tensor, rejected_B: Tensor, n_pairs: int) -> Te
     return dpo_loss(chosen_B - rejected_B, 1.0, n_pairs)
 
 
-def step_loss(values_N: Tensor, labels_N: Tensor, n_steps: int) -> Tensor:
-    """Cross-entropy of σ(value) and the label in [0, 1] at the end of each step (Math-Shepherd, 2312.08935,
-    equation 2), summed over n_steps."""
-    return binary_cross_entropy_with_logits(values_N, labels_N, reduction="sum") / n_steps
+def step_loss(values_N: Tensor, labels_N: Tensor, n_chains: int) -> Tensor:
+    """Σ over steps of the cross-entropy of σ(value) and the label in [0, 1], / n_chains (Math-Shepherd, 2312.08935,
+    section 3)."""
+    return binary_cross_entropy_with_logits(values_N, labels_N, reduction="sum") / n_chains

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.transformer import Transformer
 from model.value import ValueModel
 from stages.rl.pairs import Pair, pair_batch, reply_logprobs, reply_values
-from stages.rl.preference_loss import bradley_terry_loss, dpo_loss, likelihood_loss, preference_margin
+from stages.rl.preference_loss import bradley_terry_loss, dpo_loss, likelihood_loss, preference_margin, step_loss
 from stages.rl.reward_model import Target, save_reward_model
 from stages.training.checkpoint import load_model, load_value_model, save_model
 
@@ -72,7 +72,7 @@ class BradleyTerry:
     def open(self, device: torch.device) -> ValueModel:
         return load_value_model(self.checkpoint, str(device))
 
-    def constants(self, model: ValueModel, examples: Sequence[Any]) -> Tensor:
+    def constants(self, model: ValueModel, examples: Sequence[Pair]) -> Tensor:
         return torch.empty(len(examples), 0)
 
     def loss(
@@ -83,6 +83,57 @@ class BradleyTerry:
 
     def save(self, model: ValueModel, directory: str) -> None:
         save_reward_model(directory, model, self.target, self.checkpoint)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Token ids of a question and the steps of a reply to it, where each step ends, and how right each is."""
+
+    ids: list[int]
+    places: list[int]
+    labels: list[float]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A process reward model: σ of the value at each step's end is how likely the step is right."""
+
+    checkpoint: str  # a language model, or a process reward model that learns on
+    pad: int
+
+    figures: ClassVar = ("accuracy", "brier", "label")
+    n_constants: ClassVar = 0
+
+    def open(self, device: torch.device) -> ValueModel:
+        return load_value_model(self.checkpoint, str(device))
+
+    def constants(self, model: ValueModel, examples: Sequence[Chain]) -> Tensor:
+        return torch.empty(len(examples), 0)
+
+    def loss(
+        self, model: ValueModel, examples: Sequence[Chain], constants_EK: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The figures are means over a chain's steps: which side of ½ is right, squared error, and the labels."""
+        tokens_EW = torch.full((len(examples), max(map(len, examples))), self.pad)
+        for row, chain in enumerate(examples):  # padded on the right, where no position that counts looks
+            tokens_EW[row, : len(chain)] = torch.tensor(chain.ids)
+        rows_N = torch.tensor([row for row, chain in enumerate(examples) for _ in chain.places])
+        places_N = torch.tensor([place for chain in examples for place in chain.places])
+        labels_N = torch.tensor([label for chain in examples for label in chain.labels])
+        device = model.head.weight.device
+        values_N = model(tokens_EW.to(device))[rows_N.to(device), places_N.to(device)]
+        loss = step_loss(values_N, labels_N.to(device), count)
+        likely_N = values_N.detach().cpu().sigmoid()
+        right_N = ((likely_N > 0.5) == (labels_N > 0.5)).float()
+        share_N = 1 / torch.tensor([len(chain.places) for chain in examples])[rows_N]
+        figures = torch.stack([right_N, (likely_N - labels_N).square(), labels_N]) @ share_N
+        return loss, figures.to(device)
+
+    def save(self, model: ValueModel, directory: str) -> None:
+        save_reward_model(directory, model, "steps", self.checkpoint)
 
 
 def pair_figures(rewards_2P: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 
-from infra import ray as session
 from infra.artifact import Artifact
 from infra.errors import ConfigError, InputError
 from infra.stage import Context
@@ -42,14 +41,13 @@ def bandit_pairs(name="bandit", best="3", chains=("so", "so")):
 
 
 @pytest.fixture(scope="module")
-def inputs(bandit_base, tmp_path_factory):
+def inputs(bandit_base, tmp_path_factory, ray_session):
     folder = tmp_path_factory.mktemp("pairs")
     write_preferences(folder, bandit_pairs())
-    yield {
+    return {
         "checkpoint": Artifact.local(bandit_base, "checkpoint"),
         "preferences": Artifact.local(folder, "preferences"),
     }
-    session.shutdown()
 
 
 @pytest.fixture(scope="module")
