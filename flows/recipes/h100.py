@@ -35,6 +35,18 @@ RL = {
     "micro_batch_tokens": 65536,
     **ROLLOUT,
 }
+# Round by round, and the reward model alone says what is good (DeepSeekMath, section 4.1.4).
+ROUND = {
+    "preferences": {"judge": "accuracy", "pairs_per_problem": 4},
+    "reward_model": {
+        **{"epochs": 1.0, "batch_size": 128, "micro_batch_tokens": 65536, "target": "response"},
+        "learning_rate": {"schedule": "cosine", "peak": 1e-4, "warmup_steps": 20},
+    },
+    "iterative_rl": {
+        **{"name": "iterative_rl", "steps": 100, **RL},
+        "rewards": {"accuracy": 0.0, "format": 0.1, "preference": 1.0},
+    },
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "ingest_api_zh": {"source": {"kind": "builtin", "name": "api_reference_zh"}},
@@ -132,6 +144,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_distill_qwen": {"name": "distilled_qwen", "samples": 16, **ROLLOUT},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "report": {"title": "The line on one GPU"},
+    "sample_start": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 32, **ROLLOUT},
+    **{f"{name}_{number}": values for number in (1, 2) for name, values in ROUND.items()},
+    "evaluate_iterative_rl": {"name": "iterative_rl", "samples": 16, **ROLLOUT},
 }
 
 

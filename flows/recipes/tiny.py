@@ -40,6 +40,19 @@ GRPO = {
 
 ZERO = {"rewards": {"accuracy": 1.0, "format": 0.1}}  # R1-Zero has no language reward (DeepSeek-R1, section 2.2)
 
+# Round by round, and the reward model alone says what is good (DeepSeekMath, section 4.1.4).
+ROUND = {
+    "preferences": {"judge": "accuracy", "pairs_per_problem": 2},
+    "reward_model": {
+        **{"epochs": 2.0, "batch_size": 16, "target": "response"},
+        "learning_rate": {"schedule": "cosine", "peak": 5e-4, "warmup_steps": 5},
+    },
+    "iterative_rl": {
+        **{"name": "iterative_rl", **GRPO, "steps": 20},
+        "rewards": {"accuracy": 0.0, "format": 0.1, "preference": 1.0},
+    },
+}
+
 # At the budgets below the best size is a few 10⁴ FLOPs per token. Heads four wide let the width grow in small steps.
 LADDER = {"family": "llama", "d_model": 64, "n_layers": 2, "n_heads": 16, "d_ff": 176, "init_std": 0.1}
 
@@ -124,6 +137,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_distill_qwen": {"name": "distilled_qwen", **EVALUATE},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **EVALUATE},
     "report": {"title": "The tiny line"},
+    "sample_start": {"problems": {"limit": 1_000}, "samples": 8, **REPLY},
+    **{f"{name}_{number}": values for number in (1, 2) for name, values in ROUND.items()},
+    "evaluate_iterative_rl": {"name": "iterative_rl", **EVALUATE},
 }
 
 
