@@ -82,6 +82,12 @@ def test_a_step_is_labelled_by_the_share_of_right_completions_and_an_answer_by_i
     alone = Context.local(tmp_path / "alone")
     label_steps(config, given, alone)
     assert list(read_rollouts(alone.out)) == list(read_rollouts(ctx.out))
+    first, *others = sorted(alone.scratch.glob("labels/*.parquet"))
+    first.unlink()  # as if a run had been killed before it wrote this chunk
+    written = [path.stat().st_mtime_ns for path in others]
+    label_steps(config, given, alone)
+    assert list(read_rollouts(alone.out)) == list(read_rollouts(ctx.out))
+    assert [path.stat().st_mtime_ns for path in others] == written
     few = label_steps(config.replace(replies_per_problem=1, max_replies=2), given, Context.local(tmp_path / "few"))
     assert (few["replies"], few["problems"]) == (2, 2)
 
