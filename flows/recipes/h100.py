@@ -45,6 +45,7 @@ ROUND = {
     "iterative_rl": {
         **{"name": "iterative_rl", "steps": 100, **RL},
         "rewards": {"accuracy": 0.0, "format": 0.1, "preference": 1.0},
+        "kl_coefficient": 0.04,
     },
 }
 

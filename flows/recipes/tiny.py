@@ -50,6 +50,7 @@ ROUND = {
     "iterative_rl": {
         **{"name": "iterative_rl", **GRPO, "steps": 20},
         "rewards": {"accuracy": 0.0, "format": 0.1, "preference": 1.0},
+        "kl_coefficient": 0.04,
     },
 }
 
