@@ -26,7 +26,7 @@ from stages.rl.rollout import read_rollouts
 from stages.training.checkpoint import load_model
 from stages.training.resume import ResumeStore
 
-STEPS, SAVE_EVERY, KILLS = 10, 2, 5
+SAVE_EVERY, KILLS = 2, 5
 TIMING = ("tokens_per_second", "generation_share")
 
 # Functions, and how many of their calls to draw from; none: a moment within the next two steps.
@@ -163,7 +163,13 @@ CASES = [("stale", 2), *(pytest.param(name, KILLS, marks=SLOW) for name in JOBS)
 def test_kills_in_a_row_change_no_bit_and_ask_for_no_reply_twice(name, kills, job, run, tmp_path):
     torch.set_num_threads(1)
     world, options = JOBS[name]
-    common = {"steps": STEPS, "save_every": SAVE_EVERY, "keep_rollouts_every": 1, "rollout_groups": 1, **options}
+    common = {
+        "steps": 2 * kills + 2,
+        "save_every": SAVE_EVERY,
+        "keep_rollouts_every": 1,
+        "rollout_groups": 1,
+        **options,
+    }
     whole, killed = job(tmp_path / "whole", **common), job(tmp_path / "killed", **common)
     assert run(whole, world, tmp_path / "whole") == 0
     for point in points(name, kills):
