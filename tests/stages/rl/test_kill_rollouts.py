@@ -219,8 +219,9 @@ def test_a_rank_that_ray_loses_ends_the_stage_and_the_next_run_goes_on(bandit_ba
 
     def kill(progress):
         if progress.done == 3:
-            workers = [p for p in psutil.process_iter(["cmdline"]) if "ray::_run_rank" in str(p.info["cmdline"])]
-            max(workers, key=lambda process: process.pid).kill()
+            ours = psutil.Process().children(recursive=True)
+            ranks = [process for process in ours if "ray::_run_rank" in " ".join(process.cmdline())]
+            ranks[-1].kill()
 
     with pytest.raises(StageFailed, match="run again to resume"):
         grpo(config, inputs, Context(killed.out, killed.scratch, 2, kill))
