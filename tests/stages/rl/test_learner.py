@@ -42,7 +42,7 @@ def test_with_learning_rate_zero_nothing_moves_and_all_three_policies_agree(job,
         assert row["max_ratio"] == pytest.approx(1, abs=1e-5)
         assert row["clip_fraction"] == 0
         assert row["mismatch_kl"] <= 1e-5
-        assert row["mismatch_max_ratio"] == pytest.approx(1, abs=1e-3)
+        assert row["mismatch_max_ratio"] == pytest.approx(1, abs=1e-5)
         assert row["loss"] != 0 or row["flat_groups"] == 1
     before, after = weights(bandit_base), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -98,9 +98,8 @@ def judge(folder, base, target, seed=0):
     return str(folder)
 
 
-@pytest.mark.parametrize("target", ["response", "answer"])
-def test_the_points_of_a_reward_model_are_learnt_and_kept(job, bandit_base, tmp_path, target):
-    folder = judge(tmp_path / "judge", bandit_base, target)
+def test_the_points_of_a_reward_model_are_learnt_and_kept(job, bandit_base, tmp_path):
+    folder = judge(tmp_path / "judge", bandit_base, "answer")
     rewards = {"accuracy": 0, "format": 0, "preference": 0.5}
     given = job(tmp_path, steps=10, rewards=rewards, kl_coefficient=0.0, keep_rollouts_every=9)
     rows = learn(dataclasses.replace(given, reward_model=folder), silent)
@@ -177,16 +176,22 @@ learn(job, lambda *_, **__: None)
 """
 
 
-def test_two_ranks_sample_dynamically_what_one_does(job, run_ranks, tmp_path):
+DYNAMIC = {"dynamic_sampling": 9, "group_size": 2, "rewards": {"accuracy": 1, "format": 0}}
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"), [(DYNAMIC, 9), pytest.param({"loss": "ppo", "group_size": 4}, 8, marks=pytest.mark.slow)]
+)
+def test_two_ranks_explore_and_learn_what_one_does(job, run_ranks, tmp_path, options, groups):
     """The first step explores with the same weights; what is learnt differs by the rounding of sums alone."""
-    options = {"steps": 2, "group_size": 2, "rewards": {"accuracy": 1, "format": 0}, "keep_rollouts_every": 1}
-    one, two = (job(tmp_path / name, dynamic_sampling=9, rollout_groups=1, **options) for name in ("one", "two"))
+    common = {"steps": 2, "keep_rollouts_every": 1, "rollout_groups": 1, **options}
+    one, two = (job(tmp_path / name, **common) for name in ("one", "two"))
     learn(one, silent)
     run_ranks(LEARN, job=two)
     ours, theirs = (
         [{**row, "logprobs": None} for row in read_rollouts(Path(job.scratch) / "rollouts")] for job in (one, two)
     )
-    assert len(ours) > 2 * 8  # some groups were replaced
+    assert len(ours) >= groups * one.config.group_size  # eight groups are asked for; dynamic sampling replaces some
     assert ours == theirs
     before, after = weights(one.out), weights(two.out)
     for name in before:
