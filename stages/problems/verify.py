@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from stages.problems import boxed as formulas
+from stages.problems import gym
 from stages.problems.boxed import boxed, cut, readings, tidy
 from stages.problems.expression import SAME_SIGN, ExpressionError, evaluate
 from stages.problems.problem import Problem
@@ -53,7 +54,8 @@ def roles(text: str, arguments: Mapping[str, Any]) -> bool:
 
 
 VERIFIERS: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {
-    check.__name__: check for check in (integer, integers, digits, countdown, roles, boxed, code)
+    check.__name__: check
+    for check in (integer, integers, digits, countdown, roles, boxed, code, gym.text, gym.reasoning_gym)
 }
 
 
@@ -87,11 +89,14 @@ def verify(problem: Problem, text: str) -> bool:
 
 
 def require(problems: Iterable[Problem]) -> None:
-    """Raise `ConfigError` if a problem needs a verifier that does not work here: math-verify, or a sandbox."""
+    """Raise `ConfigError` if a problem needs what does not work here: math-verify, reasoning-gym or a sandbox."""
     problems = tuple(problems)
     formulas.require(problems)
-    if any(problem.verifier == "code" for problem in problems):
+    verifiers = {problem.verifier for problem in problems}
+    if "code" in verifiers:
         runner()
+    if "reasoning_gym" in verifiers:
+        gym.require()
 
 
 ROLES = ("knight", "knave", "骑士", "骗子")
