@@ -172,3 +172,17 @@ def test_tokenizers_from_before_tools_render_as_they_did_and_refuse_tools(folder
         render([USER, ASKS], old)
     with pytest.raises(InputError, match="unknown role tool"):
         render([USER, TOLD], old)
+
+
+@pytest.mark.slow
+def test_vllms_parser_reads_our_calls(tmp_path):
+    pytest.importorskip("vllm")
+    from vllm.tool_parsers import ToolParserManager
+
+    bpe.train(TEXTS, 400, tool_marks=True).save(tmp_path)
+    parser = ToolParserManager.get_tool_parser("deepseek_v31")(AutoTokenizer.from_pretrained(tmp_path))
+    made = [call("weather", city="北京 <1>"), call("population")]
+    found = parser.extract_tool_calls("I ask." + calls_text(made), request=None)
+    assert (found.tools_called, found.content) == (True, "I ask.")
+    read = [(one.function.name, json.loads(one.function.arguments)) for one in found.tool_calls]
+    assert read == [(one["function"]["name"], one["function"]["arguments"]) for one in made]
