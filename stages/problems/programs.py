@@ -19,7 +19,7 @@ from infra.sandbox import CodeRunner, Limits, code_runner
 from stages.rl.code_reward import CallTest, CodeScore, InputTest, code_reward
 
 FENCED = re.compile(
-    r"```(?:python3?|py)?[ \t]*\n(?P<code>.*?)(?:^|\n)[ \t]*```", re.DOTALL | re.IGNORECASE | re.MULTILINE
+    r"^[ \t]*```(?:python3?|py)?[ \t]*\n(?P<code>.*?)(?:^|\n)[ \t]*```", re.DOTALL | re.IGNORECASE | re.MULTILINE
 )
 LIMITS = {"wall_seconds": 4.0, "cpu_seconds": 2}  # of one process, unless a problem says otherwise
 MAX_PROGRAM = 20_000  # characters

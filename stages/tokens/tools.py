@@ -14,7 +14,6 @@ The marks are text: a tokenizer that was trained with them has an id for each, a
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +28,6 @@ Tools = Sequence[Mapping[str, Any]]
 ToolCalls = Sequence[Mapping[str, Any]]
 
 HOW = f"To call: {CALLS}{CALL}name{SEPARATOR}arguments as JSON{END_CALL}{END_CALLS}"
-_CALL = re.compile(f"{CALL}(?P<name>.*?){SEPARATOR}(?P<arguments>.*?){END_CALL}", re.DOTALL)
 
 
 def offer_text(tools: Tools) -> str:
@@ -61,18 +59,23 @@ def read_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
     Calls that are not exactly of the form, or whose arguments are no JSON object, are no calls but text.
     """
     before, found, rest = text.partition(CALLS)
-    body = rest.rstrip().removesuffix(END_CALLS)
-    if not found or body == rest.rstrip() or _CALL.sub("", body):
+    rest = rest.rstrip()
+    body = rest.removesuffix(END_CALLS)
+    if not found or body == rest:
         return text, []
     calls = []
-    for match in _CALL.finditer(body):
+    while body:
+        name, separated, tail = body.removeprefix(CALL).partition(SEPARATOR)
+        arguments, ended, tail = tail.partition(END_CALL)
         try:
-            arguments = json.loads(match["arguments"])
+            given = json.loads(arguments)
         except (ValueError, RecursionError):
             return text, []
-        if not isinstance(arguments, dict) or any(mark in match["name"] for mark in TOOL_MARKS):
+        whole = body.startswith(CALL) and separated and ended and not any(mark in name for mark in TOOL_MARKS)
+        if not (whole and isinstance(given, dict)):
             return text, []
-        calls.append({"type": "function", "function": {"name": match["name"].strip(), "arguments": arguments}})
+        calls.append({"type": "function", "function": {"name": name.strip(), "arguments": given}})
+        body = tail
     return (before, calls) if calls else (text, [])
 
 

@@ -60,6 +60,9 @@ def reply(program: str) -> str:
         ("```python\nwrong\n```\nno:\n```python\nx = 1\n```", "x = 1"),
         ("```python\n```", ""),
         ("s = '```'", "s = '```'"),
+        ("  ```python\n  x = 1\n  ```", "  x = 1"),
+        ("a```\n" * 40_000, "a```\n" * 39_999 + "a```"),  # linear, or this test is not over today
+        ("```python\n" + "\n" * 100_000, "```python"),
         ("", ""),
     ],
 )

@@ -134,6 +134,7 @@ def test_calls_are_read_back_as_they_were_made(before, made):
         f"{CALLS}{CALL}f{SEPARATOR}{{{END_CALL}{END_CALLS}",
         f"{CALLS}{CALL}f{SEPARATOR}{{}}{END_CALL}, or{END_CALLS}",
         f"{CALLS}{CALL}f{{}}{END_CALL}{END_CALLS}",
+        CALLS + f"{CALL}f{SEPARATOR}" * 20_000 + END_CALLS,
         f"{CALLS}{CALL}f{SEPARATOR}" + "[" * 100_000 + f"{END_CALL}{END_CALLS}",
         f"{CALLS}{CALL}f{SEPARATOR}{{}}{END_CALL}{END_CALLS} and more",
     ],
