@@ -17,6 +17,7 @@ from stages.rl.preferences import Preference, hold_out, read_preferences, write_
 from stages.rl.rollout import SCHEMA, write_rollouts
 
 USER = {"role": "user", "content": "2 + 2?"}
+CALLS = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}]}
 
 
 def said(text):
@@ -89,6 +90,7 @@ def test_jsonl_parquet_and_a_dataset_give_the_same_pairs_and_a_limit_samples_the
         ({"chosen": "4", "rejected": "5"}, "the field 'chosen'"),
         ({"chosen": [said("4")], "rejected": [said("5")]}, "name the prompt's column"),
         ({"chosen": [USER, said("4"), USER], "rejected": [USER, said("5")]}, "must end with one reply"),
+        ({"prompt": "2 + 2?", "chosen": [said("") | CALLS], "rejected": "5"}, "ends with calls of tools"),
         ({"chosen": [USER, said("4")], "rejected": [{**USER, "content": "?"}, said("5")]}, "differ before their last"),
     ],
 )
