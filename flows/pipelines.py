@@ -1,8 +1,8 @@
 """The line as a graph: which stages, on which inputs, in which order. Declarations only; nothing here runs anything.
 
 A node is one use of a stage, so a stage can appear several times (`grpo` is `r1_zero`, `reasoning_rl` and `final_rl`).
-`LINE` names every node of the road once; a smaller pipeline is what its targets need of it, and `scaling` branches off
-from the corpus.
+`LINE` names every node of the road once; a smaller pipeline is what its targets need of it. `scaling` branches off from
+the corpus, `iterative` from the cold start.
 """
 
 from __future__ import annotations
@@ -161,11 +161,13 @@ LINE = Pipeline(
         _EVALUATIONS["cold_start"],
         _rl("reasoning_rl", "cold_start"),
         _EVALUATIONS["reasoning_rl"],
-        Node("rejection_sample", "rejection_sample", {"checkpoint": "reasoning_rl", "problems": "generate_problems"}),
+        Node("sample", "sample", {"checkpoint": "reasoning_rl", "problems": "generate_problems"}),
+        Node("rejection_sample", "rejection_sample", {"rollouts": "sample"}),
         Node("sft", "sft", {"checkpoint": "extend_context", "conversations": "rejection_sample"}),
         _rl("final_rl", "sft"),
         _EVALUATIONS["r1"],
-        Node("teacher_samples", "rejection_sample", {"checkpoint": "final_rl", "problems": "generate_problems"}),
+        Node("sample_teacher", "sample", {"checkpoint": "final_rl", "problems": "generate_problems"}),
+        Node("teacher_samples", "rejection_sample", {"rollouts": "sample_teacher"}),
         Node("student_base_llama", "pretrain", {"tokens": "tokenize"}),
         Node("student_base_qwen", "pretrain", {"tokens": "tokenize"}),
         Node("distill_llama", "distill", {"student": "student_base_llama", "conversations": "teacher_samples"}),
@@ -178,6 +180,28 @@ LINE = Pipeline(
     ),
 )
 
+ROUNDS = 2
+
+
+def _rounds() -> tuple[Node, ...]:
+    """Iterative GRPO (DeepSeekMath, algorithm 1). A round's reward model learns on from what the policy said last, with
+    earlier pairs replayed; the reference is the policy that the round begins with."""
+    problems = {"problems": "generate_problems"}
+    nodes = [Node("sample_start", "sample", {"checkpoint": "cold_start", **problems})]
+    policy, said, judge = "cold_start", "sample_start", "cold_start"
+    pairs: dict[str, str] = {}
+    for number in range(1, ROUNDS + 1):
+        new = f"preferences_{number}"
+        nodes.append(Node(new, "make_preferences", {"rollouts": said}))
+        learnt = {"checkpoint": judge, "preferences": new, **({"replay": dict(pairs)} if pairs else {})}
+        judge = f"reward_model_{number}"
+        nodes.append(Node(judge, "train_reward_model", learnt))
+        nodes.append(Node(f"iterative_rl_{number}", "grpo", {"checkpoint": policy, "reward_model": judge, **problems}))
+        policy = said = f"iterative_rl_{number}"
+        pairs[f"round_{number}"] = new
+    return (*nodes, _evaluate("iterative_rl", policy))
+
+
 _CORPUS = LINE.part("corpus", "Raw English, Chinese and code to packed tokens", ["tokenize"])
 
 PIPELINES: dict[str, Pipeline] = {
@@ -188,6 +212,11 @@ PIPELINES: dict[str, Pipeline] = {
             "scaling",
             "Corpus to scaling laws: a ladder of small models and a held-out larger run",
             (*_CORPUS.nodes, Node("scaling_laws", "scaling_laws", {"tokens": "tokenize"})),
+        ),
+        Pipeline(
+            "iterative",
+            "Cold start, then GRPO in rounds with a reward model that learns on from the policy's replies",
+            (*LINE.part("", "", ["evaluate_cold_start"]).nodes, *_rounds()),
         ),
         LINE.part("base", "Corpus to the context-extended base model", ["evaluate_base"]),
         LINE.part("r1_zero", "Reinforcement learning straight from the base model", ["evaluate_r1_zero"]),

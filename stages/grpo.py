@@ -1,32 +1,36 @@
 """Reinforcement learning from verifiable rewards: GRPO (DeepSeekMath, section 4; DeepSeek-R1, sections 2.2 and 2.3).
 
 From a base model with the template `r1_zero` this is R1-Zero; from the cold start with `chat` and a language reward it
-is R1's reasoning stage. `loss` takes one of GRPO's successors instead; DAPO is `dapo` with `dynamic_sampling`,
-the reward `overlong` and no KL term. Renewing the reference is the iterative GRPO of DeepSeekMath, section 4.1.4.
+is R1's reasoning stage; with a reward model, its last one (section 2.3.4). `loss` takes one of GRPO's successors
+instead, or PPO with a critic; DAPO is `dapo` with `dynamic_sampling`, the reward `overlong` and no KL term. Renewing
+the reference is the iterative GRPO of DeepSeekMath, section 4.1.4; its process supervision takes a process model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import model_validator
 
 from infra.config import Config, Field
-from infra.errors import InputError
+from infra.errors import ConfigError, InputError
 from infra.ray import spmd
-from infra.stage import Context, Inputs, stage
+from infra.stage import Context, Inputs, optional, stage
 from stages.evaluation.plots import Panel, plot_curves
 from stages.problems.problem import Language, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl import emergence
 from stages.rl.algorithms import ALGORITHMS, AlgorithmName
+from stages.rl.critic import CriticConfig
 from stages.rl.engines import EngineName
 from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.policy_loss import KlEstimator, PolicyObjective
 from stages.rl.prompts import Template
-from stages.rl.rewards import PENALTIES, RewardWeights
+from stages.rl.reward_model import load_target
+from stages.rl.rewards import JUDGED, PENALTIES, RewardWeights
+from stages.rl.rollout_store import RolloutStore
 
 
 class GrpoConfig(Config):
@@ -66,8 +70,20 @@ class GrpoConfig(Config):
     clip_high: float | None = Field(
         None, gt=0, title="Upper ratio clip", description="ε_high (DAPO: 0.28); none: the ratio clip, or the loss's own"
     )
+    supervision: Literal["outcome", "process"] = Field(
+        "outcome",
+        title="Supervision",
+        description="process: steps are rewarded too, by a process reward model; alone where rewards has no weights",
+    )
+    critic: CriticConfig = Field(CriticConfig(), title="Critic", description="Of loss ppo")
+    staleness: Literal[0, 1] = Field(
+        0, title="Staleness", description="1: replies are generated while the update before is learnt, by older weights"
+    )
     importance_cap: float = Field(
         0.0, ge=0, title="Importance cap", description="Weigh tokens by learner/engine, at most this; 0: off"
+    )
+    max_mismatch_kl: float | None = Field(
+        0.1, gt=0, title="Largest mismatch", description="KL of engine and learner, nats a token, that ends the run"
     )
     kl_coefficient: float = Field(0.001, ge=0, title="KL coefficient", description="R1-Zero: 0.001, DeepSeekMath: 0.04")
     kl_estimator: KlEstimator = Field("k3", title="KL estimator")
@@ -98,6 +114,11 @@ class GrpoConfig(Config):
             kl=self.kl_estimator,
         )
 
+    def keeps(self, step: int) -> bool:
+        """Whether the artifact has the rollouts of step `step`, from 1: of the first, every so many, and the last."""
+        every = self.keep_rollouts_every
+        return bool(every) and ((step - 1) % every == 0 or step == self.steps)
+
     @model_validator(mode="after")
     def _the_options_fit_the_loss(self) -> GrpoConfig:
         if self.loss == "online_rft" and (
@@ -106,6 +127,20 @@ class GrpoConfig(Config):
             raise ValueError(
                 "loss=online_rft learns each right reply alike: set rewards to accuracy 1, format 0, language 0, "
                 "and leave dynamic_sampling at 0"
+            )
+        if self.loss == "online_rft" and self.supervision == "process":
+            raise ValueError("loss=online_rft learns whole replies: leave supervision at outcome")
+        if self.loss == "ppo" and self.dynamic_sampling:
+            raise ValueError("loss=ppo learns without contrast in a group too: leave dynamic_sampling at 0")
+        if self.critic != CriticConfig() and self.loss != "ppo":
+            raise ValueError(f"critic is set, but loss={self.loss} has none: set loss to ppo")
+        return self
+
+    @model_validator(mode="after")
+    def _late_replies_are_corrected(self) -> GrpoConfig:
+        if self.staleness and not self.importance_cap:
+            raise ValueError(
+                "staleness=1 learns from another policy's replies: set importance_cap to correct it, say 2"
             )
         return self
 
@@ -119,19 +154,43 @@ class GrpoConfig(Config):
         return self
 
 
-@stage(version=1, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="checkpoint")
+@stage(
+    version=2,
+    takes={
+        "checkpoint": "checkpoint",
+        "problems": "problems",
+        "reward_model": optional("reward_model"),
+        "process_reward_model": optional("reward_model"),
+    },
+    makes="checkpoint",
+)
 def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
     """Improve a checkpoint by group relative policy optimisation on problems with exact answers."""
+    judges = {role: str(inputs[role].path) for role in ("reward_model", "process_reward_model") if role in inputs}
+    check_judges(config, judges)
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
     if not problems:
         raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
-    job = GrpoJob(config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch))
+    job = GrpoJob(config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch), **judges)
     workers = min(ctx.workers, config.groups_per_step // config.rollout_groups)
     rows = [{"step": step, **row} for step, row in enumerate(spmd(learn, job, ctx, workers=workers)[0], start=1)]
-    for path in sorted((ctx.scratch / ROLLOUTS).glob("rollouts-*.parquet")):
-        shutil.copy(path, ctx.out / path.name)
-    plot_curves(ctx.out / "curves.png", rows, PANELS)
+    RolloutStore(ctx.scratch / ROLLOUTS).copy(ctx.out, config.keeps)
+    drawn = [panel for panel in PANELS if any(name in rows[0] for name in panel.series)]
+    plot_curves(ctx.out / "curves.png", rows, drawn)
     return {"name": config.name or "grpo", **summarise(rows)}
+
+
+def check_judges(config: GrpoConfig, judges: Mapping[str, str]) -> None:
+    """Raise ConfigError where the models that are given are not those that the config asks for."""
+    asked = {
+        "reward_model": (config.rewards.preference > 0, "rewards.preference > 0", ("response", "answer")),
+        "process_reward_model": (config.supervision == "process", "supervision=process", ("steps",)),
+    }
+    for role, (wanted, by, targets) in asked.items():
+        if wanted != (role in judges):
+            raise ConfigError(f"grpo: input {role} and {by} go together: give both or neither")
+        if wanted and (target := load_target(judges[role])) not in targets:
+            raise ConfigError(f"grpo: input {role} judges the {target}: give one of target {' or '.join(targets)}")
 
 
 PANELS = (
@@ -139,6 +198,8 @@ PANELS = (
     Panel("Accuracy", ("accuracy", "accuracy_en", "accuracy_zh")),
     Panel("Format and language", ("format", "language")),
     Panel("Penalties", tuple(PENALTIES)),
+    Panel("Points of the reward models", JUDGED),
+    Panel("Loss of the critic", ("value_loss",)),
     Panel("Reply length, tokens", ("length",)),
     Panel("Reflection words a reply", ("reflections",)),
     Panel("Share of replies that verify or backtrack", ("verification", "backtracking")),

@@ -42,6 +42,19 @@ RL = {
     "importance_cap": 2.0,  # decoding and learning round otherwise
     **ROLLOUT,
 }
+# Round by round, and the reward model alone says what is good (DeepSeekMath, section 4.1.4).
+ROUND = {
+    "preferences": {"judge": "accuracy", "pairs_per_problem": 4},
+    "reward_model": {
+        **{"epochs": 1.0, "batch_size": 128, "micro_batch_tokens": 65536, "target": "response"},
+        "learning_rate": {"schedule": "cosine", "peak": 1e-4, "warmup_steps": 20},
+    },
+    "iterative_rl": {
+        **{"name": "iterative_rl", "steps": 100, **RL},
+        "rewards": {"accuracy": 0.0, "format": 0.1, "preference": 1.0},
+        "kl_coefficient": 0.04,
+    },
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "ingest_api_zh": {"source": {"kind": "builtin", "name": "api_reference_zh"}},
@@ -118,7 +131,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **RL,
     },
     "evaluate_reasoning_rl": {"name": "reasoning_rl", "samples": 16, **ROLLOUT},
-    "rejection_sample": {"problems": {"limit": 20_000}, "samples": 8, "keep_per_problem": 2, **ROLLOUT},
+    "sample": {"problems": {"limit": 20_000}, "samples": 8, "chunk": 32, **ROLLOUT},
+    "rejection_sample": {"keep_per_problem": 2},
     "sft": TUNE,
     "final_rl": {
         "name": "final_rl",
@@ -127,7 +141,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **RL,
     },
     "evaluate_r1": {"name": "r1", "samples": 32, **ROLLOUT},
-    "teacher_samples": {"problems": {"limit": 40_000}, "samples": 4, "keep_per_problem": 2, "seed": 1, **ROLLOUT},
+    "sample_teacher": {"problems": {"limit": 40_000}, "samples": 4, "chunk": 32, "seed": 1, **ROLLOUT},
+    "teacher_samples": {"keep_per_problem": 2},
     "student_base_llama": {"model": {"family": "llama", **STUDENT}, **STUDENT_BASE},
     "student_base_qwen": {"model": {"family": "qwen2", **STUDENT}, **STUDENT_BASE},
     "distill_llama": TUNE,
@@ -137,6 +152,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_distill_qwen": {"name": "distilled_qwen", "samples": 16, **ROLLOUT},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "report": {"title": "The line on one GPU"},
+    "sample_start": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 32, **ROLLOUT},
+    **{f"{name}_{number}": values for number in (1, 2) for name, values in ROUND.items()},
+    "evaluate_iterative_rl": {"name": "iterative_rl", "samples": 16, **ROLLOUT},
 }
 
 

@@ -40,6 +40,20 @@ GRPO = {
 
 ZERO = {"rewards": {"accuracy": 1.0, "format": 0.1}}  # R1-Zero has no language reward (DeepSeek-R1, section 2.2)
 
+# Round by round, and the reward model alone says what is good (DeepSeekMath, section 4.1.4).
+ROUND = {
+    "preferences": {"judge": "accuracy", "pairs_per_problem": 2},
+    "reward_model": {
+        **{"epochs": 2.0, "batch_size": 16, "target": "response"},
+        "learning_rate": {"schedule": "cosine", "peak": 5e-4, "warmup_steps": 5},
+    },
+    "iterative_rl": {
+        **{"name": "iterative_rl", **GRPO, "steps": 20},
+        "rewards": {"accuracy": 0.0, "format": 0.1, "preference": 1.0},
+        "kl_coefficient": 0.04,
+    },
+}
+
 # At the budgets below the best size is a few 10⁴ FLOPs per token. Heads four wide let the width grow in small steps.
 LADDER = {"family": "llama", "d_model": 64, "n_layers": 2, "n_heads": 16, "d_ff": 176, "init_std": 0.1}
 
@@ -108,11 +122,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_cold_start": {"name": "cold_start", **EVALUATE},
     "reasoning_rl": {"name": "reasoning_rl", **GRPO, "steps": 80},
     "evaluate_reasoning_rl": {"name": "reasoning_rl", **EVALUATE},
-    "rejection_sample": {"problems": {"limit": 2_000}, "samples": 4, "keep_per_problem": 2, **REPLY},
+    "sample": {"problems": {"limit": 2_000}, "samples": 4, **REPLY},
+    "rejection_sample": {"keep_per_problem": 2},
     "sft": {"epochs": 1.0, **TUNE},
     "final_rl": {"name": "final_rl", **GRPO, "steps": 25},
     "evaluate_r1": {"name": "r1", **EVALUATE},
-    "teacher_samples": {"problems": {"limit": 3_000}, "samples": 4, "keep_per_problem": 2, **REPLY},
+    "sample_teacher": {"problems": {"limit": 3_000}, "samples": 4, **REPLY},
+    "teacher_samples": {"keep_per_problem": 2},
     "student_base_llama": {"model": {"family": "llama", **STUDENT}, **STUDENT_BASE},
     "student_base_qwen": {"model": {"family": "qwen2", **STUDENT}, **STUDENT_BASE},
     "distill_llama": {"epochs": 2.0, **TUNE},
@@ -122,6 +138,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_distill_qwen": {"name": "distilled_qwen", **EVALUATE},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **EVALUATE},
     "report": {"title": "The tiny line"},
+    "sample_start": {"problems": {"limit": 1_000}, "samples": 8, **REPLY},
+    **{f"{name}_{number}": values for number in (1, 2) for name, values in ROUND.items()},
+    "evaluate_iterative_rl": {"name": "iterative_rl", **EVALUATE},
 }
 
 

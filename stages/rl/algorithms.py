@@ -10,7 +10,7 @@ An algorithm is a data source D, a reward and a gradient coefficient GC:
 | RFT             | q of it, o ~ π_sft           | rule          | I(o): 1 if o is right, else 0               |
 | online RFT      | q of it, o ~ π               | rule          | I(o)                                        |
 | DPO             | q of it, o⁺ and o⁻ ~ π_sft   | rule or human | `dpo_coefficient`: + for o⁺, − for o⁻       |
-| PPO             | q of it, o ~ π               | model         | A_t of `critic.gae`                         |
+| PPO             | q of it, o ~ π               | model or rule | A_t of `critic.gae`                         |
 | GRPO, outcome   | q of it, G replies o_i ~ π   | model or rule | `grpo_coefficient` of `group_normalised`    |
 | GRPO, process   | the same                     | of each step  | `grpo_coefficient` of `process_supervised`  |
 | GRPO, iterative | the same, π_ref renewed      | retrained     | the same                                    |
@@ -57,12 +57,12 @@ def rewarded(rewards_PG: Tensor) -> Tensor:
     return rewards_PG
 
 
-AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "online_rft"]
+AlgorithmName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "online_rft", "ppo"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    advantages: Callable[[Tensor], Tensor]  # rewards [P, G] → advantages [P, G]
+    advantages: Callable[[Tensor], Tensor] | None  # rewards [P, G] → advantages [P, G]; None: a critic's
     objective: PolicyObjective
 
 
@@ -77,4 +77,5 @@ ALGORITHMS: dict[AlgorithmName, Algorithm] = {
     ),
     "rloo": Algorithm(leave_one_out, PolicyObjective()),
     "online_rft": Algorithm(rewarded, PolicyObjective()),
+    "ppo": Algorithm(None, PolicyObjective()),
 }

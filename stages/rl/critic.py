@@ -8,14 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from infra.config import Config, Field
+
+
+class CriticConfig(Config):
+    """PPO's critic: a copy of the policy's trunk with a scalar head, trained in the same loop."""
+
+    learning_rate: float = Field(
+        1e-3, ge=0, title="Learning rate", description="Larger than the policy's: it lags else"
+    )
+    gamma: float = Field(1.0, ge=0, le=1, title="Discount γ")
+    gae_lambda: float = Field(0.95, ge=0, le=1, title="GAE λ")
+    clip: float = Field(0.2, gt=0, title="Value clip", description="How far a value may run in one exploration")
+
 
 def token_rewards(
-    rewards_B: Tensor, logprobs_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, kl_coefficient: float
+    rewards_BT: Tensor, logprobs_BT: Tensor, reference_BT: Tensor | None, mask_BT: Tensor, kl_coefficient: float
 ) -> Tensor:
-    """r_t = −β log(π/π_ref), and on a reply's last token its reward besides (DeepSeekMath, equation 2)."""
-    mask_BT = mask_BT.to(logprobs_BT.dtype)
-    last_BT = mask_BT * (mask_BT.flip(1).cumsum(1).flip(1) == 1)
-    return last_BT * rewards_B[:, None] - kl_coefficient * (logprobs_BT - reference_BT) * mask_BT
+    """r_t − β log(π/π_ref): what a token earns, such as a reply's reward on its last, less what it costs to leave the
+    reference (DeepSeekMath, equation 2). Without a reference, what it earns."""
+    paid_BT = rewards_BT * mask_BT
+    return paid_BT if reference_BT is None else paid_BT - kl_coefficient * (logprobs_BT - reference_BT) * mask_BT
 
 
 def gae(

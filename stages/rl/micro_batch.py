@@ -22,11 +22,13 @@ from torch import Tensor
 
 import kernels
 from model.transformer import Transformer
+from model.value import ValueModel
 from stages.rl.rollout import Rollout
 
 SHARED = 8
 
-Advantaged = tuple[Rollout, float]  # a reply and its advantage
+# A reply and what each of its tokens is given: its advantage or, where a critic makes advantages of them, its reward.
+Credited = tuple[Rollout, Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +42,11 @@ class MicroBatch:
     targets_N: Tensor  # int64
     mask_BR: Tensor  # bool, true on reply tokens: N of them, in the order of source_N and targets_N
     engine_logprobs_BR: Tensor
-    advantages_B: Tensor
+    credit_BR: Tensor
 
 
 def micro_batches(
-    batch: Sequence[Advantaged], pad: int, max_tokens: int, device: torch.device | str = "cpu"
+    batch: Sequence[Credited], pad: int, max_tokens: int, device: torch.device | str = "cpu"
 ) -> list[MicroBatch]:
     """Cut replies into micro-batches of at most `max_tokens` padded tokens, or of one row if that is longer."""
     rows = sorted(_rows(batch, max_tokens), key=_width, reverse=True)
@@ -64,12 +66,19 @@ def token_logprobs(model: Transformer, micro: MicroBatch, temperature: float) ->
     return torch.zeros(micro.mask_BR.shape, device=chosen_N.device).masked_scatter(micro.mask_BR, chosen_N)
 
 
-def _rows(batch: Sequence[Advantaged], max_tokens: int) -> list[list[Advantaged]]:
+def token_values(critic: ValueModel, micro: MicroBatch) -> Tensor:
+    """[B, R] fp32: the critic's value before each reply token is chosen, 0 elsewhere."""
+    values_XW = critic(micro.tokens_XW, micro.positions_XW, micro.document_XW)
+    values_N = values_XW.flatten().index_select(0, micro.source_N)
+    return torch.zeros(micro.mask_BR.shape, device=values_N.device).masked_scatter(micro.mask_BR, values_N)
+
+
+def _rows(batch: Sequence[Credited], max_tokens: int) -> list[list[Credited]]:
     """Replies that share a prompt, as many a row as may."""
-    groups: dict[tuple[int, ...], list[Advantaged]] = {}
+    groups: dict[tuple[int, ...], list[Credited]] = {}
     for item in batch:
         groups.setdefault(tuple(item[0].prompt), []).append(item)
-    rows: list[list[Advantaged]] = []
+    rows: list[list[Credited]] = []
     for prompt, items in groups.items():
         room = min(SHARED * len(prompt), max_tokens - len(prompt))
         taken = room + 1  # the first reply begins a row
@@ -83,18 +92,18 @@ def _rows(batch: Sequence[Advantaged], max_tokens: int) -> list[list[Advantaged]
     return rows
 
 
-def _width(row: list[Advantaged]) -> int:
+def _width(row: list[Credited]) -> int:
     return len(row[0][0].prompt) + sum(len(rollout.tokens) - 1 for rollout, _ in row)
 
 
-def _micro_batch(rows: list[list[Advantaged]], pad: int, device: torch.device | str) -> MicroBatch:
+def _micro_batch(rows: list[list[Credited]], pad: int, device: torch.device | str) -> MicroBatch:
     width = max(map(_width, rows))
     items = [item for row in rows for item in row]
     tokens_XW = torch.full((len(rows), width), pad, dtype=torch.int64)
     positions_XW = torch.arange(width).repeat(len(rows), 1)
     document_XW = torch.full((len(rows), width), kernels.PREFIX, dtype=torch.int64)
     mask_BR = torch.zeros(len(items), max(len(rollout.tokens) for rollout, _ in items), dtype=torch.bool)
-    engine_BR = torch.zeros(mask_BR.shape)
+    engine_BR, credit_BR = torch.zeros(mask_BR.shape), torch.zeros(mask_BR.shape)
     source: list[int] = []
     targets: list[int] = []
     number = 0
@@ -102,7 +111,7 @@ def _micro_batch(rows: list[list[Advantaged]], pad: int, device: torch.device | 
         prompt = row[0][0].prompt
         end = len(prompt)
         tokens_XW[x, :end] = torch.tensor(prompt)
-        for document, (rollout, _) in enumerate(row):
+        for document, (rollout, credit) in enumerate(row):
             read, predicted = rollout.tokens[:-1], rollout.tokens
             here = slice(end, end + len(read))
             tokens_XW[x, here] = torch.tensor(read, dtype=torch.int64)
@@ -112,6 +121,7 @@ def _micro_batch(rows: list[list[Advantaged]], pad: int, device: torch.device | 
             targets += predicted
             mask_BR[number, : len(predicted)] = True
             engine_BR[number, : len(predicted)] = torch.tensor(rollout.logprobs)
+            credit_BR[number, : len(predicted)] = torch.tensor(credit)
             number, end = number + 1, here.stop
         document_XW[x, end:] = len(row)  # padding, which nobody sees
     shared = any(len(row) > 1 for row in rows)
@@ -123,5 +133,5 @@ def _micro_batch(rows: list[list[Advantaged]], pad: int, device: torch.device | 
         torch.tensor(targets, device=device),
         mask_BR.to(device),
         engine_BR.to(device),
-        torch.tensor([advantage for _, advantage in items], dtype=torch.float32, device=device),
+        credit_BR.to(device),
     )

@@ -9,6 +9,14 @@ import dataclasses
 
 import torch
 
+from infra.errors import FathomError
+
+
+class EngineMismatch(FathomError):
+    """The engine that explored and the learner no longer mean the same policy."""
+
+    exit_code = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Mismatch:
@@ -31,3 +39,15 @@ def mismatch(learner_logprobs_N: torch.Tensor, engine_logprobs_N: torch.Tensor) 
         return Mismatch(0.0, 1.0, 0)
     kl_N = torch.expm1(log_ratio_N) - log_ratio_N
     return Mismatch(float(kl_N.sum()), float(log_ratio_N.abs().max().exp()), log_ratio_N.numel())
+
+
+def check_mismatch(step: int, kl_sum: float, tokens: float, limit: float | None) -> None:
+    """Raise EngineMismatch where the mean over the step's tokens is past `limit` nats; None: never."""
+    kl = kl_sum / max(tokens, 1.0)
+    if limit is not None and not kl <= limit:
+        raise EngineMismatch(
+            f"step {step}: KL(engine ‖ learner) is {kl:.3g} nats a token, past max_mismatch_kl={limit}: its replies "
+            "are no longer the learner's own, and nothing was learnt from them. Have the engine compute in the "
+            "learner's precision, lower learning_rate or set staleness to 0; importance_cap corrects what is left, and "
+            "a higher max_mismatch_kl accepts it"
+        )

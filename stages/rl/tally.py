@@ -12,29 +12,23 @@ from stages.rl.rewards import RULES, chain_of
 from stages.rl.rollout import Rollout
 from stages.training.distributed import Ranks
 
-EXPLORED = (
-    "replies",
-    "reward",
-    *RULES,
-    *emergence.MEASURES,
-    "tokens",
-    "finished",
-    "surprise",
-    "groups",
-    "flat_groups",
-    "flops",
-)
+EXPLORED = ("replies", "tokens", "surprise", "groups", "flat_groups", "flops")
 LEARNED = ("loss", "kl", "clipped", "loss_tokens", "learned_tokens", "mismatch_kl")
 PEAKS = ("max_ratio", "mismatch_max_ratio", "gradient_norm")
 
 
 class Tally:
-    """Sums and maxima by name; the names are fixed, so every rank reduces the same vector."""
+    """Sums and maxima by name; the names are fixed, so every rank reduces the same vector.
 
-    def __init__(self, languages: Sequence[str]) -> None:
+    `judged` are those of `rewards.JUDGED` that models give; with a `critic` its loss is counted too.
+    """
+
+    def __init__(self, languages: Sequence[str], judged: Sequence[str] = (), critic: bool = False) -> None:
         self._languages = tuple(languages)
+        self._said = ("reward", *RULES, *judged, *emergence.MEASURES, "finished")
+        self._learned = (*LEARNED, "value_loss") if critic else LEARNED
         by_language = [f"{what}_{language}" for language in languages for what in ("replies", "accuracy", "language")]
-        self._sums = dict.fromkeys((*EXPLORED, *LEARNED, *by_language), 0.0)
+        self._sums = dict.fromkeys((*self._said, *EXPLORED, *self._learned, *by_language), 0.0)
         self._peaks = dict.fromkeys(PEAKS, 0.0)
 
     def add(self, **amounts: float) -> None:
@@ -68,14 +62,14 @@ class Tally:
         def share(name: str, of: str) -> float:
             return total[name] / max(total[of], 1.0)
 
-        row = {name: share(name, "replies") for name in ("reward", *RULES, *emergence.MEASURES, "finished")}
+        row = {name: share(name, "replies") for name in self._said}
         for language in self._languages:
             row[f"accuracy_{language}"] = share(f"accuracy_{language}", f"replies_{language}")
             row[f"language_{language}"] = share(f"language_{language}", f"replies_{language}")
         return row | {
             "length": share("tokens", "replies"),
             "flat_groups": share("flat_groups", "groups"),
-            "loss": total["loss"],
+            **{name: total[name] for name in ("loss", "value_loss") if name in total},
             "kl": share("kl", "loss_tokens"),
             "clip_fraction": share("clipped", "loss_tokens"),
             "entropy": share("surprise", "tokens"),  # −log π of what π sampled: unbiased, and costs nothing

@@ -5,12 +5,15 @@
     model.json            ModelConfig; enough to build the model with no other file
     tokenizer.json, …     copied from the tokens artifact, so that a checkpoint travels alone
 
+A `reward_model` artifact has the same files; its weights are a `ValueModel`'s, the trunk's under `trunk.`.
+
 Weights keep the dtype they were saved in (an imported bf16 checkpoint stays bf16); a model built from them is fp32.
 Published (Hugging Face) names are model/exchange's business. The resumable state of a *running* training job
 is in resume.py: it also holds the optimiser and never leaves the stage's scratch folder.
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -19,11 +22,13 @@ from model.config import ModelConfig
 from model.exchange import copy_tokenizer
 from model.exchange.shards import MAX_SHARD_BYTES, Pieces, Shards, Specs, specs_of, write_shards
 from model.transformer import Transformer
+from model.value import ValueModel
 
 CONFIG = "model.json"
+Model = TypeVar("Model", Transformer, ValueModel)
 
 
-def save_model(directory: Path | str, model: Transformer, tokenizer_dir: Path | str | None) -> None:
+def save_model(directory: Path | str, model: Transformer | ValueModel, tokenizer_dir: Path | str | None) -> None:
     """Write `model` and the tokenizer's files into `directory` (created if missing).
 
     `tokenizer_dir` is any artifact folder that holds a tokenizer (tokenizer, tokens or checkpoint); None leaves the
@@ -60,6 +65,18 @@ def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
     return load_weights(Transformer(load_config(directory)).to(device), directory).eval()
 
 
+def load_value_model(directory: Path | str, device: str = "cpu") -> ValueModel:
+    """The value model in a folder, or its language model with a new head that values everything at 0; in eval mode.
+
+    Raises InputError where the folder is neither.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    if not any(name.startswith("trunk.") for name in Shards(directory).specs):
+        return ValueModel(load_model(directory, device)).eval()
+    return load_weights(ValueModel(Transformer(config)).to(device), directory).eval()
+
+
 def load_config(directory: Path | str) -> ModelConfig:
     """The ModelConfig of a checkpoint, without building anything."""
     path = Path(directory) / CONFIG
@@ -69,7 +86,7 @@ def load_config(directory: Path | str) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_weights(model: Transformer, directory: Path | str) -> Transformer:
+def load_weights(model: Model, directory: Path | str) -> Model:
     """Copy a checkpoint's weights into `model`, whose config may differ in what owns no weights (YaRN, lengths)."""
     weights = Shards(directory)
     state = model.state_dict()

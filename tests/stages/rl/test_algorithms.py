@@ -174,7 +174,10 @@ def test_gae_is_its_recursion_by_hand_and_forgets_what_lies_behind_the_end():
 
 
 def test_ppo_pays_the_reward_at_the_last_token_and_the_divergence_at_each():
-    paid_BT = token_rewards(table([3, -1, 2]), table(NEW), table(REF), MASK_BT, 0.1)
+    earned_BT = torch.zeros(3, 4, dtype=torch.float64)
+    earned_BT[[0, 1, 2], [length - 1 for length in LENGTHS]] = table([3, -1, 2])
+    paid_BT = token_rewards(earned_BT, table(NEW), table(REF), MASK_BT, 0.1)
+    assert (token_rewards(earned_BT, table(NEW), None, MASK_BT, 0.1) == earned_BT).all()
     for i, length in enumerate(LENGTHS):
         for t in range(4):
             kl = -0.1 * (NEW[i][t] - REF[i][t]) if t < length else 0

@@ -1,36 +1,23 @@
-"""The learner on a micro model: it learns a bandit, resumes to the last bit, and stands still when it should."""
+"""The learner on a micro model: it learns a bandit under every option, and stands still when it should."""
 
+import dataclasses
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from infra.errors import ConfigError
+from model.value import ValueModel
 from stages.grpo import GrpoConfig
-from stages.rl.learner import GrpoJob, learn
+from stages.rl.learner import learn
+from stages.rl.mismatch import EngineMismatch
 from stages.rl.policy_loss import PolicyObjective
+from stages.rl.reward_model import load_reward_model, save_reward_model
+from stages.rl.rollout import grouped, read_rollouts
 from stages.training.checkpoint import load_model
-
-
-@pytest.fixture
-def job(bandit_base, bandit_problems):
-    def make(folder, **changes):
-        out, scratch = folder / "out", folder / "scratch"
-        for path in (out, scratch):
-            path.mkdir(parents=True, exist_ok=True)
-        options = {
-            **{"steps": 6, "groups_per_step": 4, "rollout_groups": 2, "group_size": 8, "max_new_tokens": 14},
-            **{"learning_rate": 3e-3, "kl_coefficient": 0.01, "save_every": 2, "keep_rollouts_every": 5},
-            **changes,
-        }
-        return GrpoJob(GrpoConfig(**options), str(bandit_base), bandit_problems, str(out), str(scratch))
-
-    return make
+from stages.training.resume import ResumeStore
 
 
 def silent(done, total, unit, **metrics):
@@ -49,38 +36,13 @@ def test_reward_rises_on_a_bandit(job, tmp_path):
     assert rows[-1]["flops"] > 0
 
 
-def test_a_killed_run_resumes_to_the_same_last_bit(job, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    rows = learn(job(whole, reference_renew_every=3), silent)
-    request = tmp_path / "job.pickle"
-    request.write_bytes(pickle.dumps(job(killed, reference_renew_every=3)))
-    program = (
-        "import os, pickle, signal, sys\n"
-        "from stages.rl.learner import learn\n"
-        "def report(done, *rest, **metrics):\n"
-        "    if done == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"learn(pickle.load(open({str(request)!r}, 'rb')), report)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", program], check=False, cwd=Path(__file__).parents[3])
-    assert result.returncode == -9
-    assert not (killed / "out" / "model.safetensors").exists()
-    resumed = []
-    again = learn(pickle.loads(request.read_bytes()), lambda done, *rest, **metrics: resumed.append(done))
-    assert resumed in ([5, 6], [3, 4, 5, 6])  # from the state of step 4, or of 2 if 4 was still being written
-    ours, theirs = weights(whole / "out"), weights(killed / "out")
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-    timing = ("tokens_per_second", "generation_share")
-    assert [{**row, **dict.fromkeys(timing)} for row in again] == [{**row, **dict.fromkeys(timing)} for row in rows]
-
-
 def test_with_learning_rate_zero_nothing_moves_and_all_three_policies_agree(job, bandit_base, tmp_path):
     for row in learn(job(tmp_path, steps=2, learning_rate=0.0, updates_per_exploration=2), silent):
         assert row["kl"] <= 1e-5
         assert row["max_ratio"] == pytest.approx(1, abs=1e-5)
         assert row["clip_fraction"] == 0
         assert row["mismatch_kl"] <= 1e-5
-        assert row["mismatch_max_ratio"] == pytest.approx(1, abs=1e-3)
+        assert row["mismatch_max_ratio"] == pytest.approx(1, abs=1e-5)
         assert row["loss"] != 0 or row["flat_groups"] == 1
     before, after = weights(bandit_base), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -92,8 +54,7 @@ def test_a_steps_row_reports_every_rule_and_the_signs_of_reasoning(job, tmp_path
     assert 0 < row["overlong"] < 1  # every token counts when the margin is the whole limit
     earned = row["accuracy"] + 0.2 * row["format"]
     assert row["reward"] == pytest.approx(earned - 0.3 * row["repetition"] - 0.7 * row["overlong"])
-    (kept,) = (tmp_path / "scratch").glob("rollouts/*.parquet")
-    replies = pq.read_table(kept).to_pylist()
+    replies = list(read_rollouts(tmp_path / "scratch/rollouts"))
     assert row["overlong"] == pytest.approx(sum(reply["tokens"] for reply in replies) / len(replies) / 14)
     assert (row["reflections"], row["verification"], row["backtracking"]) == (0, 0, 0)  # its chains say "so"
 
@@ -108,10 +69,83 @@ def test_multi_token_prediction_modules_come_back_unchanged(job, bandit_base, tm
     assert not torch.equal(before["head.weight"], after["head.weight"])
 
 
-@pytest.mark.parametrize("loss", ["dr_grpo", "dapo", "gspo", "cispo", "rloo"])
+@pytest.mark.parametrize("loss", ["dr_grpo", "dapo", "gspo", "cispo", "rloo", "ppo"])
 def test_reward_rises_under_every_loss(job, tmp_path, loss):
     options = {"loss": loss, "kl_coefficient": 0.0, "importance_cap": 2.0}
     rows = learn(job(tmp_path, steps=20, group_size=16, updates_per_exploration=2, **options), silent)
+    assert sum(row["accuracy"] for row in rows[-3:]) / 3 > sum(row["accuracy"] for row in rows[:3]) / 3 + 0.2
+
+
+def test_ppos_critic_learns_what_replies_are_worth_and_is_saved_with_the_policy(job, tmp_path):
+    """Of a policy that does not move and nearly always keeps the form, each token's value is the point for it."""
+    options = {"loss": "ppo", "rewards": {"accuracy": 0, "format": 1}, "learning_rate": 0.0, "kl_coefficient": 0.0}
+    critic = {"learning_rate": 1e-2, "clip": 1.0, "gae_lambda": 1}
+    given = job(tmp_path, **options, steps=16, save_every=16, critic=critic)
+    rows = learn(given, silent)
+    assert rows[0]["value_loss"] == pytest.approx(0.5 * rows[0]["format"], rel=0.1)  # a new critic says 0
+    assert rows[-1]["value_loss"] < 0.1 * rows[0]["value_loss"]
+    state = ResumeStore(tmp_path / "scratch/resume").load()
+    assert state["update"]["critic"]["model"]["head.weight"].abs().max() > 0
+    before, after = weights(given.checkpoint), weights(given.out)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def judge(folder, base, target, seed=0):
+    """A reward model with opinions of its own."""
+    model = ValueModel(load_model(base))
+    torch.nn.init.normal_(model.head.weight, std=0.5, generator=torch.Generator().manual_seed(seed))
+    save_reward_model(folder, model, target, base)
+    return str(folder)
+
+
+def test_the_points_of_a_reward_model_are_learnt_and_kept(job, bandit_base, tmp_path):
+    folder = judge(tmp_path / "judge", bandit_base, "answer")
+    rewards = {"accuracy": 0, "format": 0, "preference": 0.5}
+    given = job(tmp_path, steps=10, rewards=rewards, kl_coefficient=0.0, keep_rollouts_every=9)
+    rows = learn(dataclasses.replace(given, reward_model=folder), silent)
+    assert sum(row["preference"] for row in rows[-3:]) / 3 > sum(row["preference"] for row in rows[:3]) / 3
+    assert rows[0]["reward"] == pytest.approx(0.5 * rows[0]["preference"])
+    kept = [row for row in read_rollouts(tmp_path / "scratch/rollouts") if row["step"] == 1]
+    turns = [(("user", row["prompt"]), ("assistant", row["completion"])) for row in kept]
+    points = load_reward_model(folder).score([[{"role": r, "content": c} for r, c in turn] for turn in turns])
+    assert [row["preference"] for row in kept] == pytest.approx(points, abs=1e-4)
+    assert len(set(points)) > 3
+
+
+def test_process_supervision_learns_what_a_process_model_rewards(job, bandit_base, tmp_path):
+    folder = judge(tmp_path / "judge", bandit_base, "steps")
+    options = {"rewards": {"accuracy": 0, "format": 0}, "supervision": "process", "kl_coefficient": 0.0}
+    given = job(tmp_path, steps=10, keep_rollouts_every=9, **options)
+    rows = learn(dataclasses.replace(given, process_reward_model=folder), silent)
+    assert sum(row["process"] for row in rows[-3:]) / 3 > sum(row["process"] for row in rows[:3]) / 3
+    assert rows[0]["reward"] == 0
+    for row in read_rollouts(tmp_path / "scratch/rollouts"):
+        assert row["step_ends"][-1] == row["tokens"] - 1
+        assert row["process"] == pytest.approx(sum(row["step_rewards"]) / len(row["step_rewards"]))
+
+
+def test_a_mismatch_past_the_limit_ends_the_run_before_anything_is_learnt(job, tmp_path):
+    with pytest.raises(EngineMismatch, match=r"step 1: .*past max_mismatch_kl=1e-30.*importance_cap"):
+        learn(job(tmp_path, max_mismatch_kl=1e-30), silent)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+STALE = {"staleness": 1, "importance_cap": 2.0}
+
+
+def test_stale_replies_are_those_of_the_weights_one_update_back(job, tmp_path):
+    """The first two steps explore with the weights of the start: what they reply does not depend on what is learnt."""
+    fast = learn(job(tmp_path / "fast", **STALE, steps=3, keep_rollouts_every=1), silent)
+    still = learn(job(tmp_path / "still", **STALE, steps=3, keep_rollouts_every=1, learning_rate=0.0), silent)
+    assert [row["staleness"] for row in fast] == [0, 1, 1]
+    ours, theirs = (list(read_rollouts(tmp_path / name / "scratch/rollouts")) for name in ("fast", "still"))
+    assert {row["step"] for row, other in zip(ours, theirs, strict=True) if row != other} == {3}
+    assert fast[0]["mismatch_kl"] < 1e-5 < fast[1]["mismatch_kl"]
+    assert still[1]["mismatch_kl"] < 1e-5
+
+
+def test_reward_rises_with_stale_replies(job, tmp_path):
+    rows = learn(job(tmp_path, steps=20, group_size=16, kl_coefficient=0.0, **STALE), silent)
     assert sum(row["accuracy"] for row in rows[-3:]) / 3 > sum(row["accuracy"] for row in rows[:3]) / 3 + 0.2
 
 
@@ -126,12 +160,42 @@ def test_dynamic_sampling_replaces_groups_without_contrast_by_questions_not_yet_
     options = {"steps": 2, "group_size": 2, "rewards": {"accuracy": 1, "format": 0}, "keep_rollouts_every": 1}
     rows = learn(job(tmp_path, dynamic_sampling=9, **options), silent)
     for step, row in enumerate(rows, start=1):
-        asked = pq.read_table(tmp_path / f"scratch/rollouts/rollouts-{step:05d}-000.parquet").to_pylist()
-        problems = [asked[i]["problem_id"] for i in range(0, len(asked), 2)]
-        useful = sum(asked[i]["advantage"] != 0 for i in range(0, len(asked), 2))
+        asked = [group for group in grouped(read_rollouts(tmp_path / "scratch/rollouts")) if group[0]["step"] == step]
+        problems = [group[0]["problem_id"] for group in asked]
+        useful = sum(group[0]["reward"] != group[1]["reward"] for group in asked)
+        assert [group[0]["group"] for group in asked] == list(range(len(asked)))
         assert len(set(problems)) == len(problems) > 4
         assert useful == 4 or len(problems) == 10
         assert row["flat_groups"] == pytest.approx(1 - useful / len(problems))
+
+
+LEARN = """
+from stages.rl.learner import learn
+
+learn(job, lambda *_, **__: None)
+"""
+
+
+DYNAMIC = {"dynamic_sampling": 9, "group_size": 2, "rewards": {"accuracy": 1, "format": 0}}
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"), [(DYNAMIC, 9), pytest.param({"loss": "ppo", "group_size": 4}, 8, marks=pytest.mark.slow)]
+)
+def test_two_ranks_explore_and_learn_what_one_does(job, run_ranks, tmp_path, options, groups):
+    """The first step explores with the same weights; what is learnt differs by the rounding of sums alone."""
+    common = {"steps": 2, "keep_rollouts_every": 1, "rollout_groups": 1, **options}
+    one, two = (job(tmp_path / name, **common) for name in ("one", "two"))
+    learn(one, silent)
+    run_ranks(LEARN, job=two)
+    ours, theirs = (
+        [{**row, "logprobs": None} for row in read_rollouts(Path(job.scratch) / "rollouts")] for job in (one, two)
+    )
+    assert len(ours) >= groups * one.config.group_size  # eight groups are asked for; dynamic sampling replaces some
+    assert ours == theirs
+    before, after = weights(one.out), weights(two.out)
+    for name in before:
+        torch.testing.assert_close(before[name], after[name], rtol=1e-3, atol=1e-4)
 
 
 def test_dynamic_sampling_is_bounded_and_off_it_asks_nothing_more(job, tmp_path):
@@ -139,7 +203,7 @@ def test_dynamic_sampling_is_bounded_and_off_it_asks_nothing_more(job, tmp_path)
     for rounds, groups in ((0, 4), (1, 8), (2, 10), (9, 10)):  # no reward at all: every group lacks contrast
         folder = tmp_path / str(rounds)
         (row,) = learn(job(folder, dynamic_sampling=rounds, **options), silent)
-        assert pq.read_table(folder / "scratch/rollouts/rollouts-00001-000.parquet").num_rows == groups * 2
+        assert len(list(read_rollouts(folder / "scratch/rollouts"))) == groups * 2
         assert (row["loss"], row["flat_groups"]) == (0, 1)
 
 
@@ -155,7 +219,10 @@ def test_the_objective_is_the_losses_own_but_for_what_the_config_sets():
     ("options", "says"),
     [
         ({"loss": "online_rft"}, "accuracy 1"),
-        ({"loss": "ppo"}, "loss"),
+        ({"loss": "reinforce"}, "loss"),
+        ({"loss": "ppo", "dynamic_sampling": 2}, "dynamic_sampling"),
+        ({"critic": {"gae_lambda": 0.9}}, "set loss to ppo"),
+        ({"staleness": 1}, "importance_cap"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options, says):

@@ -30,7 +30,11 @@ def explored(lengths, prompt_length, seed=0):
     """A group of replies of these lengths to each of three prompts, and their advantages."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(1, VOCABULARY) for _ in range(prompt_length + extra)] for extra in range(3)]
-    return [(rollout(rng, prompt, length), rng.uniform(-1, 1)) for prompt in prompts for length in lengths]
+    return [
+        (rollout(rng, prompt, length), [rng.uniform(-1, 1) for _ in range(length)])
+        for prompt in prompts
+        for length in lengths
+    ]
 
 
 def alone(model, reply, temperature):
@@ -48,26 +52,28 @@ def test_a_shared_prompt_changes_neither_log_probabilities_nor_gradients(family)
     assert len(cut) > 1
     assert any(micro.document_XW is not None for micro in cut)
 
-    ours, advantages, engine = [], [], []
+    ours, credits, engine = [], [], []
     for micro in cut:
         logprobs_BR = token_logprobs(model, micro, 0.7)
-        (logprobs_BR.sum(1) * micro.advantages_B).sum().backward()
+        (logprobs_BR * micro.credit_BR).sum().backward()
         assert (logprobs_BR[~micro.mask_BR] == 0).all()
         ours += [row[mask].detach() for row, mask in zip(logprobs_BR, micro.mask_BR, strict=True)]
         engine += [row[mask].tolist() for row, mask in zip(micro.engine_logprobs_BR, micro.mask_BR, strict=True)]
-        advantages += micro.advantages_B.tolist()
+        assert (micro.credit_BR[~micro.mask_BR] == 0).all()
+        credits += [row[mask] for row, mask in zip(micro.credit_BR, micro.mask_BR, strict=True)]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    # Each reply is told by its advantage, which no other has.
-    places = {advantage: number for number, advantage in enumerate(advantages)}
+    # Each reply is told by its first token's advantage, which no other has.
+    places = {credit[0].item(): number for number, credit in enumerate(credits)}
     assert len(places) == len(batch)
-    for reply, advantage in batch:
-        place = places[torch.tensor(advantage).item()]
+    for reply, credit in batch:
+        place = places[torch.tensor(credit[0]).item()]
+        torch.testing.assert_close(credits[place], torch.tensor(credit), rtol=0, atol=0)
         expected = alone(model, reply, 0.7)
         torch.testing.assert_close(ours[place], expected.detach(), rtol=1e-5, atol=1e-5)
         assert engine[place] == pytest.approx(reply.logprobs)
-        (expected.sum() * advantage).backward()
+        (expected * torch.tensor(credit)).sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
@@ -76,13 +82,13 @@ def test_a_shared_prompt_changes_neither_log_probabilities_nor_gradients(family)
 def test_rows_stay_within_the_micro_batch_and_long_replies_to_a_short_question_stand_alone():
     shared = micro_batches(explored(lengths=(9,) * 12, prompt_length=10), PAD, max_tokens=64)
     assert all(micro.tokens_XW.numel() <= 64 for micro in shared)
-    assert sum(len(micro.advantages_B) for micro in shared) == 36
+    assert sum(len(micro.credit_BR) for micro in shared) == 36
     assert max(micro.tokens_XW.shape[1] for micro in shared) > 40
 
     apart = micro_batches(explored(lengths=(30,) * 4, prompt_length=3), PAD, max_tokens=200)
     assert all(micro.document_XW is None for micro in apart)
-    assert all(len(micro.tokens_XW) == len(micro.advantages_B) for micro in apart)
+    assert all(len(micro.tokens_XW) == len(micro.credit_BR) for micro in apart)
 
     huge = micro_batches(explored(lengths=(90, 4), prompt_length=12), PAD, max_tokens=64)
-    assert sum(len(micro.advantages_B) for micro in huge) == 6
+    assert sum(len(micro.credit_BR) for micro in huge) == 6
     assert max(micro.tokens_XW.shape[1] for micro in huge) == 14 + 89

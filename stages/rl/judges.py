@@ -1,0 +1,89 @@
+"""Rewards that models give, beside the rules: one for a whole reply, one for each of its steps (DeepSeek-R1, 2.3.4).
+
+A preference model says by its own target what it looks at: the answer without the chain (helpfulness), or the whole
+response (harmlessness). A process model scores the steps that `steps.split_steps` cuts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from statistics import fmean
+
+from stages.rl.reward_model import RewardModel
+from stages.rl.rollout import Rollout, forward_flops
+from stages.rl.steps import split_steps
+from stages.tokens.bpe import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Judges:
+    """The models that are there, and what a point of the preference model is worth."""
+
+    preference: RewardModel | None = None
+    weight: float = 0.0
+    process: RewardModel | None = None
+
+    def judge(self, rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[Rollout]:
+        """The rollouts with what the models say of them."""
+        judged = list(rollouts)
+        if self.preference:
+            points = self.preference.score([_conversation(rollout) for rollout in judged])
+            judged = [_paid(rollout, point, self.weight) for rollout, point in zip(judged, points, strict=True)]
+        if self.process:
+            chains = [(rollout.problem.question, split_steps(rollout.text)) for rollout in judged]
+            scores = self.process.score_chains([chain for chain in chains if chain[1]])
+            found = iter(scores)
+            judged = [
+                _stepped(rollout, steps, next(found) if steps else [], tokenizer)
+                for rollout, (_, steps) in zip(judged, chains, strict=True)
+            ]
+        return judged
+
+    @property
+    def names(self) -> list[str]:
+        """Those of `rewards.JUDGED` that they give."""
+        return [name for name, judge in (("preference", self.preference), ("process", self.process)) if judge]
+
+    def flops(self, rollouts: Sequence[Rollout]) -> float:
+        """What judging them costs."""
+        models = [judge.model for judge in (self.preference, self.process) if judge]
+        return sum(forward_flops(model.config, rollouts) for model in models)
+
+
+def step_ends(tokens: Sequence[int], steps: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """The place of the token with which each step ends; the last step ends with the reply, its EOS included."""
+    ends, end, place = [], 0, 0
+    for step in steps[:-1]:
+        end += len(step)
+        low, high = place, len(tokens) - 1  # the fewest tokens that say all up to here
+        while low < high:
+            middle = (low + high) // 2
+            said = tokenizer.decode(tokens[: middle + 1], skip_special=False).rstrip("\ufffd")  # half a character
+            low, high = (low, middle) if len(said) >= end else (middle + 1, high)
+        place = low
+        ends.append(place)
+    return [*ends, len(tokens) - 1] if steps else []
+
+
+def _conversation(rollout: Rollout) -> list[dict[str, str]]:
+    question = {"role": "user", "content": rollout.problem.question}
+    return [question, {"role": "assistant", "content": rollout.text}]
+
+
+def _paid(rollout: Rollout, points: float, weight: float) -> Rollout:
+    verdict = rollout.score
+    rules = {**verdict.rules, "preference": points}
+    return dataclasses.replace(
+        rollout, score=dataclasses.replace(verdict, reward=verdict.reward + weight * points, rules=rules)
+    )
+
+
+def _stepped(rollout: Rollout, steps: Sequence[str], scores: Sequence[float], tokenizer: Tokenizer) -> Rollout:
+    ends = step_ends(rollout.tokens, steps, tokenizer)
+    rules = {**rollout.score.rules, "process": fmean(scores) if scores else 0.0}
+    return dataclasses.replace(
+        rollout,
+        steps=tuple(zip(ends, scores, strict=True)),
+        score=dataclasses.replace(rollout.score, rules=rules),
+    )

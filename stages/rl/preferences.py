@@ -1,0 +1,83 @@
+"""The `preferences` artifact: pairs of replies to one prompt, of which one is better.
+
+preferences-00000.parquet …   id, prompt (messages as JSON), chosen and rejected (what the assistant says), language,
+                              source, margin (by how much it is better, where that is known)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.errors import InputError
+from stages.corpus.document import fraction
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "prompt", "chosen", "rejected", "language", "source")),
+        ("margin", pa.float64()),
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Two replies to one prompt. `prompt` is its messages as JSON text, which also tells prompts apart."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    language: str
+    source: str
+    margin: float | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The prompt's."""
+        return json.loads(self.prompt)
+
+    def reply(self, text: str) -> list[dict[str, str]]:
+        """The conversation that ends with `text`."""
+        return [*self.messages, {"role": "assistant", "content": text}]
+
+
+def write_preferences(directory: Path, preferences: Iterable[Preference]) -> int:
+    """Write the artifact's file; the number of pairs."""
+    rows = [dataclasses.asdict(preference) for preference in preferences]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), directory / "preferences-00000.parquet", compression="zstd")
+    return len(rows)
+
+
+def read_preferences(directory: Path | str) -> list[Preference]:
+    """All pairs of a preferences artifact. InputError if there is none, or columns are missing."""
+    paths = sorted(Path(directory).glob("preferences-*.parquet"))
+    if not paths:
+        raise InputError(f"{directory} holds no preferences-*.parquet: give a preferences artifact")
+    found: list[Preference] = []
+    for path in paths:
+        table = pq.read_table(path)
+        if missing := set(SCHEMA.names) - set(table.column_names):
+            raise InputError(f"{path}: the columns {', '.join(sorted(missing))} are missing; ingest the pairs again")
+        found += [Preference(**row) for row in table.select(SCHEMA.names).to_pylist()]
+    return found
+
+
+def hold_out(preferences: Iterable[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
+    """(to learn from, held out). A prompt is held out whole, by its text: no choice of pairs can leak it.
+
+    One pair of each prompt is kept to measure by, so that the pairs are independent and an interval over them is true.
+    """
+    learnt: list[Preference] = []
+    held: dict[str, Preference] = {}
+    for preference in preferences:
+        if fraction(preference.prompt, f"preferences {seed}") < share:
+            held.setdefault(preference.prompt, preference)
+        else:
+            learnt.append(preference)
+    return learnt, list(held.values())
