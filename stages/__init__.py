@@ -29,6 +29,8 @@ NAMES = (
     "rejection_sample",
     "distill",
     "evaluate",
+    "probe",
+    "benchmark",
     "export",
     "import_checkpoint",
     "report",
