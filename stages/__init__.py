@@ -31,6 +31,8 @@ NAMES = (
     "evaluate",
     "probe",
     "benchmark",
+    "model_card",
+    "promote",
     "export",
     "import_checkpoint",
     "report",

@@ -93,6 +93,7 @@ def keep(found: Mapping[str, Any], config: BenchmarkConfig, checkpoint: Artifact
             for sample in samples:
                 file.write(json.dumps({"task": task, **sample}, ensure_ascii=False, default=str) + "\n")
     report = {
+        "kind": "benchmarks",
         "name": config.name,
         "checkpoint": checkpoint.id,
         "measures": to_json(measures),

@@ -79,6 +79,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
     spent = inputs["checkpoint"].summary
     flops = sum(spent.get(name, 0.0) for name in ("train_flops", "sample_flops"))
     report = {
+        "kind": "evaluation",
         "name": config.name,
         "flops": flops,
         "checkpoint": inputs["checkpoint"].id,

@@ -61,10 +61,11 @@ def probe(config: ProbeConfig, inputs: Inputs, ctx: Context) -> dict:
             row = {"probe": case.probe, "pair": case.pair, "language": case.language, "messages": case.messages}
             row |= {"reply": said.text, "tokens": said.tokens, "finished": said.finished, "verdict": verdict}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    about = {"name": config.name, "checkpoint": inputs["checkpoint"].id, "cases": len(cases)}
-    report = about | {"measures": to_json(found)}
+    too_long = sum(said.tokens == 0 for said in replies)
+    about = {"kind": "probes", "name": config.name, "checkpoint": inputs["checkpoint"].id, "cases": len(cases)}
+    report = about | {"too_long": too_long, "measures": to_json(found)}
     (ctx.out / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-    (ctx.out / "report.md").write_text(markdown(config, found), encoding="utf-8")
+    (ctx.out / "report.md").write_text(markdown(config, found, too_long), encoding="utf-8")
     whole = {name: measure for name, measure in found.items() if not name.endswith(("_en", "_zh"))}
     plot_intervals(
         ctx.out / "probes.png",
@@ -78,16 +79,18 @@ def probe(config: ProbeConfig, inputs: Inputs, ctx: Context) -> dict:
         "cases": len(cases),
         **{name: round(measure.value, 4) for name, measure in whole.items()},
         "finished": round(finished, 4),
+        "too_long": too_long,
     }
 
 
-def markdown(config: ProbeConfig, found: Mapping[str, Measure]) -> str:
+def markdown(config: ProbeConfig, found: Mapping[str, Measure], too_long: int) -> str:
     lines = [
         f"# Probes of {config.name}",
         "",
         f"One reply a case at temperature {config.temperature}, top-p {config.top_p}; up to {config.cases} cases of "
         f"each probe and language, {config.shots} examples in a few-shot prompt. 95 % intervals: Wilson's for shares, "
-        "a paired bootstrap's for gains.",
+        "a paired bootstrap's for gains. "
+        f"{too_long} prompts left no room for a reply in the context and count as failed.",
         "",
         "| measure | all | English | Chinese |",
         "|-|-|-|-|",

@@ -1,7 +1,7 @@
 """The named figures of a report about one checkpoint: what a gate tests and a model card lists.
 
 `report.json` of the stages evaluate, probe and benchmark has them under `measures`, beside `checkpoint`, the id of the
-artifact that was measured.
+artifact that was measured, and `kind`, which names what was done.
 """
 
 from __future__ import annotations
@@ -52,3 +52,13 @@ def read_report(artifact: Artifact, checkpoint: Artifact) -> dict[str, Any]:
     if content["checkpoint"] != checkpoint.id:
         raise InputError(f"{artifact.id} is about {content['checkpoint']}, not {checkpoint.id}: leave it out")
     return content | {"measures": {name: Measure(**value) for name, value in content["measures"].items()}}
+
+
+def joined(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Measure]:
+    """The measures of several reports, by artifact id; InputError for a name that two of them have."""
+    measures: dict[str, Measure] = {}
+    for artifact_id, report in reports.items():
+        if twice := sorted(report["measures"].keys() & measures.keys()):
+            raise InputError(f"{artifact_id} has {twice[0]}, which another report has too: leave one of them out")
+        measures |= report["measures"]
+    return measures

@@ -7,7 +7,7 @@ import pytest
 
 from infra.artifact import Artifact
 from infra.stage import Context
-from stages.evaluation.ask import conversation_ids
+from stages.evaluation.ask import AskJob, ask, conversation_ids
 from stages.evaluation.measures import read_report
 from stages.evaluation.probes import PROBES
 from stages.probe import ProbeConfig, probe
@@ -42,6 +42,24 @@ def test_a_probes_report_is_what_its_replies_say(inputs, ray_session, tmp_path):
     assert measures["json_parses"].low <= summary["json_parses"] <= measures["json_parses"].high
     assert "| few_shot_gain |" in (ctx.out / "report.md").read_text()
     assert (ctx.out / "probes.png").stat().st_size > 1000
+
+
+def test_what_does_not_fit_the_context_is_not_asked_and_counted(inputs, bandit_base):
+    short, long = ([{"role": "user", "content": text}] for text in ("Pull 3.", "Pull 3. " * 40))
+    job = AskJob(str(bandit_base), ((short, ()), (long, ()), (short, ())), "chat", 12, 0.0, 1.0, 0)
+    said = ask(job, lambda *_, **__: None)
+    assert [(one.number, one.tokens > 0) for one in said] == [(0, True), (1, False), (2, True)]
+    assert said[0].text == said[2].text
+
+
+def test_a_published_template_is_told_of_tools_in_words(tmp_path, publish_tokenizer):
+    tokenizer = load_tokenizer(publish_tokenizer(tmp_path))
+    tool = {"type": "function", "function": {"name": "pull"}}
+    ids = conversation_ids([{"role": "user", "content": "Pull 3."}], [tool], "chat", tokenizer)
+    text = tokenizer.decode(ids, skip_special=False)
+    assert text.startswith("<|im_start|>system\n")
+    assert '{"name": "pull"}' in text
+    assert text.endswith("<|im_start|>user\nPull 3.<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_base_model_reads_a_conversation_as_its_lines(inputs):
