@@ -67,7 +67,7 @@ Only = Annotated[str | None, typer.Option(metavar="NODE", help="Execute it alone
 Force = Annotated[list[str] | None, typer.Option(metavar="NODE", help="Execute it again in a normal run.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="tiny, h100, or a published size (see fathom plan --help).")]
 PipelineName = Annotated[
-    str, typer.Argument(metavar="PIPELINE", help="corpus, scaling, base, r1_zero, r1, release, distill or line.")
+    str, typer.Argument(metavar="PIPELINE", help="corpus, scaling, base, r1_zero, r1, distill or line.")
 ]
 
 
