@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
@@ -236,6 +237,14 @@ def _tasks(job: HarnessJob) -> TaskManager:
     return own if set(job.tasks) <= set(own.all_subtasks) else TaskManager(include_path=".")
 
 
+def _check_code(job: HarnessJob, name: str, unsafe: bool) -> None:
+    if unsafe and not job.run_unsafe_code:
+        raise ConfigError(
+            f"tasks: {name} runs programs that the model wrote, in the harness and outside our sandbox; "
+            "set run_unsafe_code if this machine may be lost"
+        )
+
+
 def run_harness(job: HarnessJob, report: Report) -> dict[str, Any] | None:
     """The harness's results, with its samples, on rank 0. InputError for data that is not there."""
     with process_group() as ranks, contextlib.chdir(job.tasks_dir or "."):
@@ -243,17 +252,17 @@ def run_harness(job: HarnessJob, report: Report) -> dict[str, Any] | None:
         for name in job.tasks:
             if name not in manager.task_index:
                 raise ConfigError(f"tasks: the harness has no {name!r}; {nearest(name, manager.all_tasks)}")
+            # Before it is loaded: humaneval runs a program then.
+            _check_code(job, name, (manager.task_index[name].cfg or {}).get("unsafe_code", False))
+        if job.run_unsafe_code:
+            os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric's own question
         try:
             loaded = manager.load(list(job.tasks))
         except OSError as error:  # what the hub's client and the loaders of files raise alike
             told = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"tasks: data of {', '.join(job.tasks)} cannot be read ({told}); see tasks_dir") from None
         for name, task in loaded["tasks"].items():
-            if getattr(task, "UNSAFE_CODE", False) and not job.run_unsafe_code:
-                raise ConfigError(
-                    f"tasks: {name} runs programs that the model wrote, in the harness and outside our sandbox; "
-                    "set run_unsafe_code if this machine may be lost"
-                )
+            _check_code(job, name, getattr(task, "UNSAFE_CODE", False))
             if job.few_shot is not None and task.get_config("num_fewshot") != 0:  # 0 is a task's own decision
                 task.set_config(key="num_fewshot", value=job.few_shot)
             elif task.get_config("num_fewshot") is None:
