@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flows import cli_artifacts, cli_exchange, cli_models
+from flows import cli_artifacts, cli_exchange, cli_models, cli_promote
 from flows.console import console, counts_table, plan_table
 from flows.environment import open_store
 from flows.watch import prepared, run_stage, watch
@@ -37,7 +37,7 @@ class _Group(TyperGroup):
             console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            makes = ctx.invoked_subcommand in ("run", "stage", "export", "import")
+            makes = ctx.invoked_subcommand in ("run", "stage", "export", "import", "promote")
             resumed = ": nothing half-made was kept; the same command goes on from here" if makes else ""
             console(stderr=True).print(f"interrupted{resumed}")
             ctx.exit(INTERRUPTED)
@@ -54,6 +54,7 @@ app = typer.Typer(
 app.add_typer(cli_artifacts.app, name="artifacts")
 app.command("export")(cli_exchange.export)
 app.command("import")(cli_exchange.import_)
+app.command("promote")(cli_promote.promote)
 app.command("serve")(cli_models.serve)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]

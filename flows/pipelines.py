@@ -204,6 +204,22 @@ def _rounds() -> tuple[Node, ...]:
 
 _CORPUS = LINE.part("corpus", "Raw English, Chinese and code to packed tokens", ["tokenize"])
 
+# What a release needs beyond R1: where it fails, its model card, and a gate before its tag.
+_RELEASE = Pipeline(
+    "release",
+    "R1 with its probes, its model card, and its tag if it meets the recipe's requirements",
+    (
+        *LINE.part("", "", ["evaluate_r1"]).nodes,
+        Node("probe_r1", "probe", {"checkpoint": "final_rl", "problems": "generate_problems"}),
+        Node(
+            "model_card_r1",
+            "model_card",
+            {"checkpoint": "final_rl", "reports": {"evaluation": "evaluate_r1", "probes": "probe_r1"}},
+        ),
+        Node("promote_r1", "promote", {"checkpoint": "final_rl", "reports": {"card": "model_card_r1"}}),
+    ),
+)
+
 PIPELINES: dict[str, Pipeline] = {
     pipeline.name: pipeline
     for pipeline in (
@@ -218,6 +234,7 @@ PIPELINES: dict[str, Pipeline] = {
             "Cold start, then GRPO in rounds with a reward model that learns on from the policy's replies",
             (*LINE.part("", "", ["evaluate_cold_start"]).nodes, *_rounds()),
         ),
+        _RELEASE,
         LINE.part("base", "Corpus to the context-extended base model", ["evaluate_base"]),
         LINE.part("r1_zero", "Reinforcement learning straight from the base model", ["evaluate_r1_zero"]),
         LINE.part(

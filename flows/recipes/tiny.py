@@ -115,6 +115,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         # At chance: a model of this size looks back after some 26,000 lookups, and the whole line reads 9,000 windows.
         "needle": {"lengths": (128, 256, 512), "depths": 5, "cases": 3},
     },
+    "probe_r1": {"name": "r1", "cases": 40, **REPLY},
+    "model_card_r1": {"name": "Fathom R1 tiny", "license": "apache-2.0"},
+    "promote_r1": {"tag": "r1@released", "require": ("pass_1 >= 0.5", "format >= 0.9", "chain_mixed <= 0.1")},
     "evaluate_base": {"name": "base", "template": "r1_zero", **EVALUATE},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, **ZERO, "steps": 30},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", **EVALUATE},

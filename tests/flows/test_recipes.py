@@ -40,6 +40,8 @@ def test_the_report_claims_things_about_evaluations_that_the_recipe_names(name: 
     claims = configs["report"].claims  # type: ignore[attr-defined]
     assert claims
     assert {side for claim in claims for side in (claim.left, claim.right)} <= named
+    rises = configs["report"].rises  # type: ignore[attr-defined]
+    assert {side for rise in rises for side in (rise.after, rise.before)} <= named
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("moe_2b", 100e9), ("v2", 8.1e12), ("v3", 14.8e12)])
