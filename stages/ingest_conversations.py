@@ -1,8 +1,10 @@
 """Conversations of the user's own, from JSON Lines, Parquet or any dataset that the `datasets` library can load.
 
 A conversation is a list of messages {role, content}, or in ShareGPT's words {from, value}, or either as JSON text. Its
-roles are system (at most one, in front), user and assistant. `sft` renders it by the checkpoint's chat template and
-learns what the assistant says. One that is not as it should be is refused, with its place: nothing is repaired.
+roles are system (at most one, in front), user, assistant, and tool for the replies to an assistant's `tool_calls`; the
+tools that are offered stand in a column of their own, as JSON schemas (`stages.tokens.tools`). `sft` renders it by the
+checkpoint's chat template and learns what the assistant says, its calls among it. One that is not as it should be is
+refused, with its place: nothing is repaired.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from stages.corpus.document import fraction
 from stages.corpus.sources import Raw, Source
 from stages.corpus.sources.files import HubDataset, JsonLines, Parquet
 from stages.tokens.chat_template import ROLES
+from stages.tokens.tools import calls_text, read_tool_calls, read_tools
 from stages.training.supervised import CONVERSATIONS
 
 SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -31,6 +34,7 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}
 class _Fields(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="begins the ids of the conversations")
     messages_field: str = Field("messages", description="the column that holds the list of messages")
+    tools_field: str | None = Field(None, description="the column that holds the list of tools; none: none is offered")
     license: str = Field(min_length=1, description="SPDX expression, or what the owner calls it")
 
 
@@ -45,7 +49,7 @@ class ConversationFiles(_Fields):
     def build(self) -> Source:
         source = {"jsonl": JsonLines, "parquet": Parquet}[self.format]
         about = (self.name, self.path, None, "conversation", self.license, self.messages_field, self.id_field)
-        return source(*about, convert=messages_text, option="source.messages_field")
+        return source(*about, convert=conversation_text, option="source.messages_field", beside_field=self.tools_field)
 
 
 class ConversationDataset(_Fields):
@@ -58,7 +62,8 @@ class ConversationDataset(_Fields):
 
     def build(self) -> Source:
         place = (self.name, self.path, self.subset, self.split, self.messages_field, None, "conversation", self.license)
-        return HubDataset(*place, convert=messages_text, option="source.messages_field")
+        option = "source.messages_field"
+        return HubDataset(*place, convert=conversation_text, option=option, beside_field=self.tools_field)
 
 
 class IngestConversationsConfig(Config):
@@ -71,7 +76,7 @@ def _outside(config: IngestConversationsConfig) -> dict[str, str]:
     return config.source.build().versions()
 
 
-@stage(version=1, makes="conversations", reads=_outside)
+@stage(version=2, makes="conversations", reads=_outside)
 def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Read one source of conversations, for a checkpoint to learn from."""
     source = config.source.build()
@@ -81,11 +86,17 @@ def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx:
         raise InputError(f"{config.source.path} holds no conversation: the source is empty")
     table, counts = [], Counter()
     for id in chosen:
-        messages = json.loads(rows[id])
-        said = [message["content"] for message in messages if message["role"] == "assistant"]
-        language = languages.identify(" ".join(said))
-        table.append({"id": id, "messages": rows[id], "problem": None, "language": language, "family": source.name})
-        counts.update({"replies": len(said), "characters_learnt": sum(map(len, said)), f"language_{language}": 1})
+        messages, tools = json.loads(rows[id])
+        replies = [message for message in messages if message["role"] == "assistant"]
+        language = languages.identify(" ".join(reply["content"] for reply in replies))
+        row = {"id": id, "problem": None, "language": language, "family": source.name}
+        row["messages"] = json.dumps(messages, ensure_ascii=False)
+        row["tools"] = json.dumps(tools, ensure_ascii=False) if tools else None
+        table.append(row)
+        calls = [reply.get("tool_calls", []) for reply in replies]
+        learnt = sum(len(reply["content"] + calls_text(made)) for reply, made in zip(replies, calls, strict=True))
+        counts.update({"replies": len(replies), "tool_calls": sum(map(len, calls)), "characters_learnt": learnt})
+        counts[f"language_{language}"] += 1
     pq.write_table(pa.Table.from_pylist(table, CONVERSATIONS), ctx.out / "conversations-00000.parquet")
     about = {"source": source.name, "license": source.license, "conversations": len(table)}
     return about | {"left_out": len(rows) - len(table), **dict(sorted(counts.items()))}
@@ -98,8 +109,8 @@ def _read(source: Source, ctx: Context) -> Iterator[Raw]:
         ctx.report(done, len(units), "parts")
 
 
-def messages_text(value: Any, field: str, where: str) -> str:
-    """The messages as JSON text; InputError if they are no conversation that can be learnt from."""
+def conversation_text(value: Any, field: str, where: str, tools: Any = None) -> str:
+    """(messages, tools) as JSON text; InputError if they are no conversation that can be learnt from."""
     wrong = f"{where}: the field {field!r}"
     if isinstance(value, str):
         try:
@@ -114,14 +125,40 @@ def messages_text(value: Any, field: str, where: str) -> str:
         raise InputError(f"{wrong} has a system message behind another; it may only be the first")
     if "assistant" not in roles:
         raise InputError(f"{wrong} has no message of the assistant: there is nothing to learn in it; leave it out")
-    return json.dumps(messages, ensure_ascii=False)
+    offered = read_tools(tools, where)
+    _check_calls(messages, {tool["function"]["name"] for tool in offered}, wrong)
+    return json.dumps([messages, offered], ensure_ascii=False)
 
 
-def _message(message: dict[str, Any], where: str) -> dict[str, str]:
+def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
     role, content = (message.get("role", message.get("from")), message.get("content", message.get("value")))
     role = SHAREGPT.get(role, role)
     if role not in ROLES:
         raise InputError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}")
-    if not isinstance(content, str) or not content.strip():
+    read = {"role": role, "content": content}
+    if role == "assistant" and (calls := read_tool_calls(message.get("tool_calls"), where)):
+        read |= {"content": content or "", "tool_calls": calls}
+    elif role != "tool" and not (isinstance(content, str) and content.strip()):
         raise InputError(f"{where}, of the {role}, says nothing: its content must be text")
-    return {"role": role, "content": content}
+    if not isinstance(read["content"], str):
+        raise InputError(f"{where}, of the {role}: its content must be text")
+    if role == "tool":
+        read |= {name: message[name] for name in ("tool_call_id", "name") if message.get(name) is not None}
+    return read
+
+
+def _check_calls(messages: list[dict[str, Any]], offered: set[str], where: str) -> None:
+    """Calls are of tools that are offered, if any are; replies of tools stand behind calls, and are not more."""
+    waiting = 0
+    for number, message in enumerate(messages, start=1):
+        if message["role"] == "tool":
+            if not waiting:
+                raise InputError(f"{where}, message {number}, is of a tool, and no call in front of it waits for one")
+            waiting -= 1
+            continue
+        calls = message.get("tool_calls", [])
+        waiting = len(calls)
+        if unknown := [
+            call["function"]["name"] for call in calls if offered and call["function"]["name"] not in offered
+        ]:
+            raise InputError(f"{where}, message {number}, calls {unknown[0]!r}, which is not among the tools offered")

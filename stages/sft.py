@@ -12,7 +12,7 @@ from infra.stage import Context, Inputs, optional, stage
 from stages.problems.problem import Problem, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.tokens.chat_template import assistant_content
-from stages.training.supervised import Messages, SupervisedConfig, fine_tune, read_conversations
+from stages.training.supervised import Conversation, SupervisedConfig, fine_tune, read_conversations
 
 
 class SftConfig(SupervisedConfig):
@@ -28,7 +28,7 @@ def sft(config: SftConfig, inputs: Inputs, ctx: Context) -> dict:
     """Fine-tune a checkpoint on conversations, on worked problems, or on both."""
     if not (inputs.get("conversations") or inputs.get("problems")):
         raise InputError("sft needs something to learn from: give the input conversations, problems or both")
-    examples: list[Messages] = []
+    examples: list[Conversation] = []
     if (conversations := inputs.get("conversations")) is not None:
         examples += read_conversations(conversations.path)
     if (problems := inputs.get("problems")) is not None:
@@ -39,7 +39,7 @@ def sft(config: SftConfig, inputs: Inputs, ctx: Context) -> dict:
     return fine_tune(config, inputs["checkpoint"], examples, ctx)
 
 
-def worked(problem: Problem) -> Messages:
+def worked(problem: Problem) -> Conversation:
     """A problem with its worked chain as a conversation."""
     reply = assistant_content(problem.chain, problem.answer)
-    return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": reply}]
+    return Conversation([{"role": "user", "content": problem.question}, {"role": "assistant", "content": reply}])

@@ -80,7 +80,11 @@ def recipe(name: str) -> Recipe:
         pretrain |= balance
         extend |= balance
     changed: dict[str, dict[str, Any]] = {
-        "train_tokenizer": {"vocab_size": model.vocab_size, "digits": "triples" if name == "v3" else "single"},
+        "train_tokenizer": {
+            "vocab_size": model.vocab_size,
+            "digits": "triples" if name == "v3" else "single",
+            "tool_marks": name == "v3",
+        },
         "pretrain": pretrain,
         "extend_context": extend,
     }

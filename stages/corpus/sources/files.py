@@ -25,10 +25,10 @@ BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 1000
 
 
-Convert = Callable[[Any, str, str], str]
+Convert = Callable[[Any, str, str, Any], str]
 
 
-def plain_text(value: Any, field: str, where: str) -> str:
+def plain_text(value: Any, field: str, where: str, beside: Any = None) -> str:
     """What a document's field must hold; other sources have other converters, each a function of its own name."""
     if not isinstance(value, str):
         raise InputError(f"{where}: the field {field!r} is {type(value).__name__}, not text")
@@ -74,6 +74,7 @@ class _Files:
     suffixes: tuple[str, ...] = ()
     convert: Convert = plain_text
     option: str = "source.text_field"  # where a user names the field
+    beside_field: str | None = None  # a further column that `convert` is given
 
     def files(self) -> list[Path]:
         return find_files(self.path, self.suffixes, "source.path")
@@ -85,7 +86,8 @@ class _Files:
         self.check(values, where)
         if self.id_field is not None:
             key = str(values[self.id_field])
-        return Raw(key, self.convert(values[self.text_field], self.text_field, where))
+        beside = values[self.beside_field] if self.beside_field else None
+        return Raw(key, self.convert(values[self.text_field], self.text_field, where, beside))
 
     def check(self, names: Collection[str], where: str) -> None:
         """InputError if a field that is asked for is not there."""
@@ -94,6 +96,8 @@ class _Files:
             raise InputError(f"{where}: no field {self.text_field!r} (it has {have}); set {self.option}")
         if self.id_field is not None and self.id_field not in names:
             raise InputError(f"{where}: no field {self.id_field!r}; set source.id_field, or leave it out")
+        if self.beside_field is not None and self.beside_field not in names:
+            raise InputError(f"{where}: no field {self.beside_field!r}; name another, or none")
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Parquet(_Files):
     def read(self, unit: str) -> list[Raw]:
         path, _, group = unit.rpartition(":")
         file = _parquet(path)
-        columns = [self.text_field] + ([self.id_field] if self.id_field else [])
+        columns = [self.text_field, *(name for name in (self.id_field, self.beside_field) if name)]
         self.check(file.schema_arrow.names, path)
         try:
             rows = file.read_row_group(int(group), columns=columns).to_pylist()
@@ -179,24 +183,29 @@ class HubDataset:
     license: str
     convert: Convert = plain_text
     option: str = "source.text_field"
+    beside_field: str | None = None
 
     def versions(self) -> dict[str, str]:
         return {}  # a dataset's name is its identity: finding its revision would mean fetching it to plan
 
     def units(self) -> list[str]:
         data = _load_dataset(self.path, self.subset, self.split)
+        have = ", ".join(data.column_names)
         if self.text_field not in data.column_names:
-            have = ", ".join(data.column_names)
             raise InputError(f"dataset {self.path}: no column {self.text_field!r} (it has {have}); set {self.option}")
+        if self.beside_field is not None and self.beside_field not in data.column_names:
+            raise InputError(f"dataset {self.path}: no column {self.beside_field!r} (it has {have}); name another")
         return [str(start) for start in range(0, len(data), BLOCK_ROWS)]
 
     def read(self, unit: str) -> list[Raw]:
         data = _load_dataset(self.path, self.subset, self.split)
-        texts = data[int(unit) : int(unit) + BLOCK_ROWS][self.text_field]
+        rows = data[int(unit) : int(unit) + BLOCK_ROWS]
+        texts = rows[self.text_field]
+        beside = rows[self.beside_field] if self.beside_field else [None] * len(texts)
         keys = [f"{self.split}/{row}" for row in range(int(unit), int(unit) + len(texts))]
         where = f"dataset {self.path}, "
-        found = zip(keys, texts, strict=True)
-        return [Raw(key, self.convert(text, self.text_field, where + key)) for key, text in found]
+        found = zip(keys, texts, beside, strict=True)
+        return [Raw(key, self.convert(text, self.text_field, where + key, other)) for key, text, other in found]
 
 
 def decode(data: bytes, where: str) -> str:
