@@ -24,6 +24,7 @@ NAMES = (
     "generate_problems",
     "import_problems",
     "ingest_conversations",
+    "ask_reference",
     "sft",
     "grpo",
     "rejection_sample",
