@@ -27,6 +27,7 @@ NAMES = (
     "ask_reference",
     "sft",
     "grpo",
+    "sample",
     "rejection_sample",
     "distill",
     "evaluate",

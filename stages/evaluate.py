@@ -22,7 +22,7 @@ from stages.problems.problem import read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl.prompts import Template
 from stages.rl.rollout import write_rollouts
-from stages.rl.sample import SampleJob, gather, sample
+from stages.rl.sample import SampleJob, sampled
 
 PROBLEMS = "problems.parquet"
 
@@ -42,7 +42,7 @@ class EvaluateConfig(Config):
 
 
 @stage(
-    version=2,
+    version=3,
     takes={"checkpoint": "checkpoint", "problems": "problems", "tokens": optional("tokens")},
     makes="report",
 )
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
         top_p=config.top_p,
         seed=config.seed,
     )
-    grouped = gather(spmd(sample, job, ctx), len(problems))
+    grouped = list(sampled(job, ctx))
     records = [problem_record(problem, rows) for problem, rows in zip(problems, grouped, strict=True)]
     text: list[dict[str, Any]] = []
     if tokens := inputs.get("tokens"):

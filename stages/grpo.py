@@ -8,7 +8,6 @@ the reward `overlong` and no KL term. Renewing the reference is the iterative GR
 from __future__ import annotations
 
 import dataclasses
-import shutil
 
 from pydantic import model_validator
 
@@ -26,6 +25,7 @@ from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.policy_loss import KlEstimator, PolicyObjective
 from stages.rl.prompts import Template
 from stages.rl.rewards import PENALTIES, RewardWeights
+from stages.rl.rollout_store import RolloutStore
 
 
 class GrpoConfig(Config):
@@ -94,6 +94,11 @@ class GrpoConfig(Config):
             kl=self.kl_estimator,
         )
 
+    def keeps(self, step: int) -> bool:
+        """Whether the artifact has the rollouts of step `step`, from 1: of the first, every so many, and the last."""
+        every = self.keep_rollouts_every
+        return bool(every) and ((step - 1) % every == 0 or step == self.steps)
+
     @model_validator(mode="after")
     def _the_options_fit_the_loss(self) -> GrpoConfig:
         if self.loss == "online_rft" and (
@@ -115,7 +120,7 @@ class GrpoConfig(Config):
         return self
 
 
-@stage(version=1, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="checkpoint")
+@stage(version=2, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="checkpoint")
 def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
     """Improve a checkpoint by group relative policy optimisation on problems with exact answers."""
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
@@ -124,8 +129,7 @@ def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
     job = GrpoJob(config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch))
     workers = min(ctx.workers, config.groups_per_step // config.rollout_groups)
     rows = [{"step": step, **row} for step, row in enumerate(spmd(learn, job, ctx, workers=workers)[0], start=1)]
-    for path in sorted((ctx.scratch / ROLLOUTS).glob("rollouts-*.parquet")):
-        shutil.copy(path, ctx.out / path.name)
+    RolloutStore(ctx.scratch / ROLLOUTS).copy(ctx.out, config.keeps)
     plot_curves(ctx.out / "curves.png", rows, PANELS)
     return {"name": config.name or "grpo", **summarise(rows)}
 

@@ -1,7 +1,8 @@
 """Rejection sampling: a model's own right replies become conversations to train on (DeepSeek-R1, section 2.3.3).
 
-k replies to every problem; of those that are right, well-formed, in one language, short enough and free of code blocks,
-up to `keep_per_problem` different ones stay. The summary counts every reason to drop, in the order they are asked.
+Of the replies to a problem, those that are right, well-formed, in one language, short enough and free of code blocks
+are candidates; up to `keep_per_problem` different ones stay. They come from `sample`, or are those that `grpo` kept
+beside its checkpoint. The summary counts every reason to drop, in the order they are asked.
 """
 
 from __future__ import annotations
@@ -15,60 +16,42 @@ import pyarrow.parquet as pq
 
 from infra.config import Config, Field
 from infra.errors import InputError
-from infra.ray import spmd
-from infra.stage import Context, Inputs, stage
-from stages.problems.problem import Problem, read_problems
-from stages.problems.selection import ProblemFilter
-from stages.rl.prompts import Template
-from stages.rl.sample import SampleJob, gather, sample
+from infra.stage import Context, Inputs, one_of, stage
+from stages.problems.problem import Problem
+from stages.rl.rollout import read_rollouts
 from stages.training.supervised import CONVERSATIONS
+
+COLUMNS = ("problem", "completion", "tokens", "format", "accuracy", "language_consistency", "flops")
 
 
 class RejectionSampleConfig(Config):
-    problems: ProblemFilter = Field(ProblemFilter(limit=1000), title="Problems", description="Of the training split")
-    template: Template = Field("chat", title="Template")
-    samples: int = Field(8, ge=1, title="Samples a problem")
     keep_per_problem: int = Field(2, ge=1, title="Keep a problem", description="Different right replies at most")
-    max_new_tokens: int = Field(64, ge=1, title="Longest reply")
-    temperature: float = Field(1.0, gt=0, title="Temperature")
-    top_p: float = Field(1.0, gt=0, le=1, title="Top-p")
     min_consistency: float = Field(1.0, ge=0, le=1, title="Language consistency", description="Least share that stays")
     max_tokens: int = Field(10_000, ge=1, title="Longest kept reply", description="Tokens; R1 drops long paragraphs")
-    seed: int = Field(0, title="Seed")
 
 
-@stage(version=1, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="conversations")
+@stage(version=2, takes={"rollouts": one_of("rollouts", "checkpoint")}, makes="conversations")
 def rejection_sample(config: RejectionSampleConfig, inputs: Inputs, ctx: Context) -> dict:
-    """Sample replies to training problems and keep the right, clean and different ones as conversations."""
-    problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
-    if not problems:
-        raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
-    job = SampleJob(
-        checkpoint=str(inputs["checkpoint"].path),
-        problems=problems,
-        samples=config.samples,
-        template=config.template,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-    grouped = gather(spmd(sample, job, ctx), len(problems))
+    """Keep the right, clean and different ones of a model's replies as conversations."""
+    replies: dict[str, list[dict[str, Any]]] = {}  # by problem, which several steps of a run may have asked
+    for row in read_rollouts(inputs["rollouts"].path, COLUMNS):
+        replies.setdefault(row["problem"], []).append(row)
+    samples = sum(map(len, replies.values()))
     conversations, counts, solved = [], Counter(), 0
-    for problem, rows in zip(problems, grouped, strict=True):
+    for problem, rows in replies.items():
         kept, dropped = choose(rows, config)
         counts += dropped
         solved += bool(kept)
-        conversations += [conversation(problem, row, number) for number, row in enumerate(kept)]
+        conversations += [conversation(Problem.from_json(problem), row, number) for number, row in enumerate(kept)]
     if not conversations:
-        raise InputError(f"no reply of {job.samples * len(problems)} survived ({dict(counts)}): nothing to train on")
+        raise InputError(f"no reply of {samples} survived ({dict(counts)}): nothing to train on")
     pq.write_table(pa.Table.from_pylist(conversations, CONVERSATIONS), ctx.out / "conversations-00000.parquet")
     return {
         "conversations": len(conversations),
-        "problems": len(problems),
+        "problems": len(replies),
         "problems_solved": solved,
-        "samples": len(problems) * config.samples,
-        "sample_flops": sum(row["flops"] for rows in grouped for row in rows),
+        "samples": samples,
+        "sample_flops": sum(row["flops"] for rows in replies.values() for row in rows),
         **{f"dropped_{reason}": counts[reason] for reason in REASONS},
     }
 

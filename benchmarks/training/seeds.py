@@ -23,7 +23,7 @@ from flows.pipelines import LINE
 from infra.settings import Settings
 from infra.store import ArtifactStore
 
-SEEDED = ("sft", "grpo", "rejection_sample", "distill")
+SEEDED = ("sft", "grpo", "sample", "distill")
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees
 
 

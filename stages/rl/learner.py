@@ -6,8 +6,9 @@ all-reduce once, update. Every rank explores *and* learns, so that no kind of wo
 
 What makes a killed run continue to the last bit: the questions and the seeds of step s are functions of (seed, s,
 chunk), so the model, the optimiser and the reference are the whole state. A chunk is `rollout_groups` questions;
-chunks, not ranks, own the seeds, so the replies do not depend on how many ranks share the work. Dynamic sampling asks
-as many further questions as groups had no contrast, from those that the step has not asked, and so needs no state.
+chunks, not ranks, own the seeds, so the replies do not depend on how many ranks share the work. Each is in the store as
+soon as it is there (`rollout_store.py`): a resumed run reads back what it had explored. Dynamic sampling asks as many
+further questions as groups had no contrast, from those that the step has not asked, and so needs no state.
 
 Legend: P questions, G replies to each, B replies of a micro-batch, R tokens of the longest.
 """
@@ -31,10 +32,13 @@ from stages.rl.advantages import without_contrast
 from stages.rl.algorithms import ALGORITHMS
 from stages.rl.engines import open_engine
 from stages.rl.engines.base import Sampling
+from stages.rl.explore import Asking, Explorer
 from stages.rl.micro_batch import micro_batches, token_logprobs
 from stages.rl.mismatch import mismatch, truncated_importance
 from stages.rl.policy_loss import PolicyBatch, policy_loss
-from stages.rl.rollout import Rollout, explore, forward_flops, write_rollouts
+from stages.rl.questions import Questions
+from stages.rl.rollout import Rollout, forward_flops
+from stages.rl.rollout_store import RolloutStore
 from stages.rl.tally import Tally
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_model, save_model
@@ -76,9 +80,14 @@ class Learner:
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.config.kl_coefficient else None
         self.optimizer = build_optimizer(self.model, self.config.learning_rate, self.config.weight_decay)
         self.bucket = GradientBucket([p for p in self.model.parameters() if p.requires_grad])
-        self.engine = open_engine(self.config.engine, self.model, job.checkpoint)
-        self.sampling = Sampling(
-            self.config.max_new_tokens, temperature=self.config.temperature, stop_ids=(self.tokenizer.eos,)
+        self.questions = Questions(job.problems, self.config.groups_per_step, self.config.seed)
+        self.rollouts = RolloutStore(Path(job.scratch) / ROLLOUTS)
+        self.explorer = Explorer(
+            open_engine(self.config.engine, self.model, job.checkpoint),
+            self.tokenizer,
+            self.model.config,
+            self.asking(),
+            self.rollouts,
         )
         self.store = ResumeStore(Path(job.scratch) / "resume")
         self.rows: list[dict[str, float]] = []  # one for each step that is done
@@ -91,11 +100,23 @@ class Learner:
                 done = len(self.rows)
                 if done % self.config.save_every == 0:
                     self.store.save(done, self.state())
+                    self.forget()
                 report(done, self.config.steps, "steps", **self.rows[-1])
         if self.ranks.rank == 0:
             self.model.mtp, self.model.config = self.whole
             save_model(self.job.out, self.model, self.job.checkpoint)
         return self.rows
+
+    def asking(self) -> Asking:
+        config = self.config
+        sampling = Sampling(config.max_new_tokens, temperature=config.temperature, stop_ids=(self.tokenizer.eos,))
+        return Asking(config.template, sampling, config.group_size, config.rewards, config.target_language)
+
+    def forget(self) -> None:
+        """Drop the rollouts that no saved state would ask for again, but for those to be kept."""
+        if self.ranks.rank == 0:
+            oldest = min(self.store.steps(), default=0)
+            self.rollouts.keep(lambda step: step > oldest or self.config.keeps(step))
 
     def state(self) -> dict[str, Any]:
         return {
@@ -129,8 +150,6 @@ class Learner:
         flat_P = without_contrast(rewards_PG)
         advantages = ALGORITHMS[config.loss].advantages(rewards_PG).flatten().tolist()
         tally.explored(rollouts, groups=len(flat_P), flat_groups=int(flat_P.sum()))
-        if config.keep_rollouts_every and (number % config.keep_rollouts_every == 0 or number == config.steps - 1):
-            self.keep(number, rollouts, advantages)
         # Without an advantage (all of a group without contrast) a reply has no policy gradient, only its KL term:
         # leaving it out saves its forward and backward, and costs that pull towards the reference.
         batch = [(r, a) for r, a in zip(rollouts, advantages, strict=True) if a != 0]
@@ -144,63 +163,38 @@ class Learner:
             "generation_share": (explored - started) / seconds,
         }
 
-    def questions(self, number: int) -> list[list[Problem]]:
-        """The chunks of questions of step `number`: the pool in a new order each epoch, without repeats in between."""
-        config, pool = self.config, self.job.problems
-        asked: list[Problem] = []
-        for position in range(number * config.groups_per_step, (number + 1) * config.groups_per_step):
-            epoch, index = divmod(position, len(pool))
-            asked.append(pool[self.order(epoch)[index]])
-        return [asked[i : i + config.rollout_groups] for i in range(0, len(asked), config.rollout_groups)]
-
-    def order(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._order = epoch, list(range(len(self.job.problems)))
-            Random(f"{self.config.seed}/{epoch}").shuffle(self._order)
-        return self._order
-
-    def spare(self, number: int) -> list[Problem]:
-        """The questions that step `number` has not asked, in an order of its own."""
-        asked = {problem.id for chunk in self.questions(number) for problem in chunk}
-        rest = [problem for problem in self.job.problems if problem.id not in asked]
-        Random(f"{self.config.seed}/{number}/spare").shuffle(rest)
-        return rest
-
     def explore(self, number: int) -> list[Rollout]:
         """This rank's share of the step's groups, and of those that replace groups without contrast."""
-        config, chunks = self.config, self.questions(number)
-        self.engine.update_weights(self.model.state_dict().items())
-        rollouts = self.ask(number, 0, chunks)
-        spare = self.spare(number) if config.dynamic_sampling else []
-        first = len(chunks)
+        config = self.config
+        self.explorer.take(self.model.state_dict().items())
+        rollouts, chunks = self.ask(number, 0, 0, self.questions.asked(number))
+        spare = self.questions.spare(number) if config.dynamic_sampling else []
+        groups = config.groups_per_step
         for _ in range(config.dynamic_sampling):
             (useful,) = self.over_ranks(int((~without_contrast(self.rewards_of(rollouts))).sum()))
             missing = config.groups_per_step - int(useful)
             further, spare = spare[:missing], spare[missing:]
             if not further:
                 break
-            chunks = [further[i : i + config.rollout_groups] for i in range(0, len(further), config.rollout_groups)]
-            rollouts += self.ask(number, first, chunks)
-            first += len(chunks)
+            more, chunks = self.ask(number, chunks, groups, further)
+            rollouts += more
+            groups += len(further)
+        if self.ranks.rank == 0:
+            self.rollouts.cut(number + 1, chunks)
         return rollouts
 
-    def ask(self, number: int, first: int, chunks: list[list[Problem]]) -> list[Rollout]:
-        """This rank's share of `chunks`, which are numbered from `first` in step `number`."""
-        config, rollouts = self.config, []
-        for chunk, problems in enumerate(chunks, start=first):
+    def ask(self, number: int, chunk: int, group: int, problems: list[Problem]) -> tuple[list[Rollout], int]:
+        """(this rank's share of the replies to `problems`, the number of the next chunk); `chunk` and `group` are the
+        first numbers that step `number` has not used."""
+        size, seed = self.config.rollout_groups, self.config.seed
+        rollouts: list[Rollout] = []
+        for first in range(0, len(problems), size):
             if chunk % self.ranks.world == self.ranks.rank:
-                rollouts += explore(
-                    self.engine,
-                    self.tokenizer,
-                    problems,
-                    config.group_size,
-                    config.template,
-                    self.sampling,
-                    Random(f"{config.seed}/{number}/{chunk}").getrandbits(62),
-                    config.rewards,
-                    config.target_language,
-                )
-        return rollouts
+                draw = Random(f"{seed}/{number}/{chunk}").getrandbits(62)
+                part = problems[first : first + size]
+                rollouts += self.explorer.chunk(number + 1, chunk, group + first, part, draw)
+            chunk += 1
+        return rollouts, chunk
 
     def rewards_of(self, rollouts: list[Rollout]) -> torch.Tensor:
         """[P, G] fp64, of this rank's groups."""
@@ -217,16 +211,6 @@ class Learner:
 
     def over_ranks(self, *counts: int) -> list[float]:
         return self.ranks.all_reduce(torch.tensor(counts, dtype=torch.float64, device=self.ranks.device)).tolist()
-
-    def keep(self, number: int, rollouts: list[Rollout], advantages: list[float]) -> None:
-        folder = Path(self.job.scratch) / ROLLOUTS
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.ranks.rank == 0:  # what ranks left that a killed run had and this one has not
-            for stale in folder.glob(f"rollouts-{number + 1:05d}-*.parquet"):
-                if int(stale.stem.rsplit("-", 1)[1]) >= self.ranks.world:
-                    stale.unlink()
-        rows = [rollout.row(number + 1, advantage) for rollout, advantage in zip(rollouts, advantages, strict=True)]
-        write_rollouts(folder / f"rollouts-{number + 1:05d}-{self.ranks.rank:03d}.parquet", rows)
 
     def update(self, number: int, batch: list[tuple[Rollout, float]], normaliser: float, tally: Tally) -> None:
         """`updates_per_exploration` gradient steps on the same replies (1 in the papers: the ratio is exactly 1)."""

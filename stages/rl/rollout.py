@@ -1,47 +1,56 @@
-"""Exploring: groups of replies to each question, read back, scored, and written so that a kill cannot tear a file."""
+"""One scored reply, and the one form in which replies lie on disk: a run's store, the rollouts of `grpo` and `sample`.
+
+A row holds all that was sampled (tokens, the engine's log-probabilities) and said of it (rewards), and the problem
+itself, so that replay, rejection sampling, preferences and distillation need nothing else. Advantages are left out:
+they are functions of the rewards of a group (`advantages.py`) or of a critic.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.errors import InputError
 from model.config import ModelConfig
-from stages.problems.problem import Language, Problem
-from stages.rl.engines.base import Engine, Sampling
-from stages.rl.prompts import Template, prompt_ids, reply_text
-from stages.rl.rewards import PENALTIES, RewardWeights, Score, score
-from stages.tokens.bpe import Tokenizer
+from stages.problems.problem import Problem
+from stages.rl.rewards import RULES, Score
 
+FILES = "rollouts-*.parquet"
+COLUMNS = {name: "language_consistency" if name == "language" else name for name in RULES}  # rule → its column
 SCHEMA = pa.schema(
     [
-        ("step", pa.int32()),
+        ("step", pa.int32()),  # of reinforcement learning, from 1; 0 where nothing was learnt
+        ("group", pa.int32()),  # number of the question in the step
+        ("sample", pa.int32()),  # number of the reply in the group: with step and group, which reply this is
         ("problem_id", pa.string()),
         ("family", pa.string()),
         ("language", pa.string()),
         ("level", pa.int32()),
+        ("problem", pa.string()),  # as `Problem.to_json` has it
         ("prompt", pa.string()),
         ("completion", pa.string()),
         ("tokens", pa.int32()),  # of the completion, EOS included
         ("finished", pa.bool_()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("reply_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),  # the engine's, of each of reply_ids
         ("reward", pa.float64()),
-        ("accuracy", pa.float64()),
-        ("format", pa.float64()),
-        ("language_consistency", pa.float64()),
-        *((name, pa.float64()) for name in PENALTIES),
-        ("advantage", pa.float64()),
+        *((column, pa.float64()) for column in COLUMNS.values()),
+        ("flops", pa.float64()),  # of sampling it
     ]
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One scored reply. `logprobs` are the engine's, one for each token of `tokens`."""
+    """One scored reply. `logprobs` are the engine's, one for each token of `tokens`, in fp32."""
 
     problem: Problem
     prompt: list[int]
@@ -51,61 +60,87 @@ class Rollout:
     text: str
     score: Score
 
-    def row(self, step: int = 0, advantage: float = 0.0) -> dict[str, Any]:
+    def row(self, step: int = 0, group: int = 0, sample: int = 0, flops: float = 0.0) -> dict[str, Any]:
         return {
             "step": step,
+            "group": group,
+            "sample": sample,
             "problem_id": self.problem.id,
             "family": self.problem.family,
             "language": self.problem.language,
             "level": self.problem.level,
+            "problem": self.problem.to_json(),
             "prompt": self.problem.question,
             "completion": self.text,
             "tokens": len(self.tokens),
             "finished": self.finished,
+            "prompt_ids": self.prompt,
+            "reply_ids": self.tokens,
+            "logprobs": self.logprobs,
             "reward": self.score.reward,
-            "accuracy": self.score.accuracy,
-            "format": self.score.format,
-            "language_consistency": self.score.language,
-            **{name: self.score.rules[name] for name in PENALTIES},
-            "advantage": advantage,
+            **{column: self.score.rules[name] for name, column in COLUMNS.items()},
+            "flops": flops,
         }
 
-
-def explore(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    group_size: int,
-    template: Template,
-    sampling: Sampling,
-    seed: int,
-    weights: RewardWeights,
-    target_language: Language | None = None,
-) -> list[Rollout]:
-    """`group_size` scored replies to each problem, a problem's replies side by side."""
-    prompts = [prompt_ids(problem.question, template, tokenizer) for problem in problems]
-    asked = [(problem, prompt) for problem, prompt in zip(problems, prompts, strict=True) for _ in range(group_size)]
-    replies = engine.generate([prompt for _, prompt in asked], sampling, seed)
-    rollouts = []
-    for (problem, prompt), reply in zip(asked, replies, strict=True):
-        text = reply_text(reply.tokens, tokenizer)
-        length = len(reply.tokens), sampling.max_new_tokens
-        verdict = score(problem, text, reply.finished, weights, target_language, *length)
-        rollouts.append(Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict))
-    return rollouts
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Rollout:
+        """The rollout that a row of `SCHEMA` was made of."""
+        return cls(
+            Problem.from_json(row["problem"]),
+            row["prompt_ids"],
+            row["reply_ids"],
+            row["logprobs"],
+            row["finished"],
+            row["completion"],
+            Score(row["reward"], {name: row[column] for name, column in COLUMNS.items()}),
+        )
 
 
-def write_rollouts(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows of `SCHEMA` to a Parquet file that is there whole or not at all, also after a power cut."""
+def write_rollouts(path: Path, rows: Iterable[dict[str, Any]], key: str = "") -> None:
+    """Write rows of `SCHEMA` to a Parquet file that is there whole or not at all, also after a power cut.
+
+    `key` says what the replies are a function of; it lies in the file's metadata.
+    """
     draft = path.with_suffix(".draft")
+    table = pa.Table.from_pylist(list(rows), SCHEMA.with_metadata({"key": key}))
     with draft.open("wb") as file:
-        pq.write_table(pa.Table.from_pylist(list(rows), SCHEMA), file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
-def forward_flops(config: ModelConfig, rollouts: Iterable[Rollout]) -> float:
+def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of `SCHEMA` (or these columns of them) of all rollouts in an artifact or a store, by step and group.
+
+    InputError where there is none, or where a file of rollouts is damaged.
+    """
+    paths = sorted(folder.glob(FILES))
+    if not paths:
+        raise InputError(
+            f"{folder} holds no {FILES}: give a rollouts artifact (stage sample), or a checkpoint of grpo that kept "
+            "its rollouts (keep_rollouts_every)"
+        )
+    for path in paths:
+        try:
+            table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: not a file of rollouts, or damaged ({error})") from error
+        yield from table.to_pylist()
+
+
+def grouped(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The replies to one question after those to the other, as they lie."""
+    for _, group in itertools.groupby(rows, key=lambda row: (row["step"], row["group"])):
+        yield list(group)
+
+
+def forward_flops(config: ModelConfig, rollouts: Sequence[Rollout]) -> float:
     """FLOPs of one forward pass over prompts and replies: what generating them costs, and a third of learning them."""
     lengths = [len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts]
     return sum(length * config.flops_per_token(length) / 3 for length in lengths)

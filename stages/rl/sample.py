@@ -1,23 +1,29 @@
-"""k scored replies to every problem, as one SPMD program: what evaluation and rejection sampling both need."""
+"""k scored replies to every problem, as one SPMD program: what `sample` and `evaluate` both run."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
-import torch
-
 from infra.metrics import Report
+from infra.ray import spmd
+from infra.stage import Context
 from stages.problems.problem import Problem
 from stages.rl.engines import EngineName, open_engine
 from stages.rl.engines.base import Sampling
+from stages.rl.explore import Asking, Explorer
 from stages.rl.prompts import Template
 from stages.rl.rewards import RewardWeights
-from stages.rl.rollout import explore, forward_flops
+from stages.rl.rollout import grouped, read_rollouts
+from stages.rl.rollout_store import RolloutStore
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_model
 from stages.training.distributed import process_group
+
+ROLLOUTS = "rollouts"  # folder inside scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,37 +40,29 @@ class SampleJob:
     seed: int
     engine: EngineName = "native"
     chunk: int = 8
+    store: str = ""  # folder, which `sampled` chooses
 
 
-def sample(job: SampleJob, report: Report) -> list[dict[str, Any]]:
-    """This rank's rows of `rollout.SCHEMA`, each with the number of its problem ("problem") and its cost ("flops")."""
-    with process_group() as ranks, torch.no_grad():
+def sampled(job: SampleJob, ctx: Context) -> Iterator[list[dict[str, Any]]]:
+    """Rows of `rollout.SCHEMA` for each problem of the job, in order. A run that was killed goes on where it was."""
+    job = dataclasses.replace(job, store=str(ctx.scratch / ROLLOUTS))
+    spmd(sample, job, ctx)
+    return grouped(read_rollouts(Path(job.store)))
+
+
+def sample(job: SampleJob, report: Report) -> None:
+    """This rank's share of the chunks, into the job's store."""
+    with process_group() as ranks:
         tokenizer = load_tokenizer(job.checkpoint)
         model = load_model(job.checkpoint, str(ranks.device))
-        engine = open_engine(job.engine, model, job.checkpoint)
         sampling = Sampling(job.max_new_tokens, job.temperature, job.top_p, (tokenizer.eos,))
+        asking = Asking(job.template, sampling, job.samples, RewardWeights())
+        engine = open_engine(job.engine, model, job.checkpoint)
+        explorer = Explorer(engine, tokenizer, model.config, asking, RolloutStore(job.store))
+        explorer.take(model.state_dict().items())
         starts = range(0, len(job.problems), job.chunk)
-        rows: list[dict[str, Any]] = []
         for number in range(ranks.rank, len(starts), ranks.world):
-            problems = job.problems[starts[number] : starts[number] + job.chunk]
+            first = starts[number]
             seed = Random(f"{job.seed}/{number}").getrandbits(62)
-            rollouts = explore(engine, tokenizer, problems, job.samples, job.template, sampling, seed, RewardWeights())
-            rows += [
-                rollout.row()
-                | {
-                    "problem": starts[number] + position // job.samples,
-                    "flops": forward_flops(model.config, [rollout]),
-                }
-                for position, rollout in enumerate(rollouts)
-            ]
-            report(min(starts[number] + job.chunk * ranks.world, len(job.problems)), len(job.problems), "problems")
-    return rows
-
-
-def gather(parts: list[list[dict[str, Any]]], n_problems: int) -> list[list[dict[str, Any]]]:
-    """Rows of all ranks, grouped by problem, in the problems' order."""
-    grouped: list[list[dict[str, Any]]] = [[] for _ in range(n_problems)]
-    for part in parts:
-        for row in part:
-            grouped[row["problem"]].append(row)
-    return grouped
+            explorer.chunk(0, number, first, job.problems[first : first + job.chunk], seed)
+            report(min(first + job.chunk * ranks.world, len(job.problems)), len(job.problems), "problems")

@@ -15,10 +15,14 @@ from stages.evaluate import EvaluateConfig, evaluate
 from stages.evaluation.claims import Claim
 from stages.generate_problems import GenerateProblemsConfig, generate_problems
 from stages.grpo import GrpoConfig, grpo
-from stages.problems.problem import read_problems, write_problems
+from stages.problems.problem import Problem, read_problems, write_problems
 from stages.rejection_sample import RejectionSampleConfig, choose, rejection_sample
 from stages.report import ReportConfig, report
 from stages.rl.learner import GrpoJob, learn
+from stages.rl.prompts import reply_text
+from stages.rl.rollout import read_rollouts
+from stages.sample import SampleConfig, sample
+from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_model
 
 
@@ -70,10 +74,10 @@ def test_two_ray_workers_learn_what_one_process_learns(inputs, bandit_problems, 
     assert summary["steps"] == 3
     assert summary["train_flops"] > 0
     assert (ctx.out / "curves.png").stat().st_size > 1000
-    paths = sorted(ctx.out.glob("rollouts-*.parquet"))
-    rollouts = [row for path in paths for row in pq.read_table(path).to_pylist()]
-    assert {row["step"] for row in rollouts} == {1, 3}
-    assert len(rollouts) == 2 * 4 * 8
+    rollouts = list(read_rollouts(ctx.out))
+    assert [(row["step"], row["group"], row["sample"]) for row in rollouts] == [
+        (step, group, sample) for step in (1, 3) for group in range(4) for sample in range(8)
+    ]
     alone = Context.local(tmp_path / "one")
     job = GrpoJob(GrpoConfig(**OPTIONS), str(bandit_base), bandit_problems, str(alone.out), str(alone.scratch))
     rows = learn(job, lambda *_, **__: None)
@@ -87,7 +91,7 @@ def test_a_filter_that_leaves_nothing_says_so(inputs, tmp_path):
     for stage, config in (
         (grpo, GrpoConfig(problems={"families": ["gcd"]})),
         (evaluate, EvaluateConfig(name="x", problems={"families": ["gcd"]})),
-        (rejection_sample, RejectionSampleConfig(problems={"families": ["gcd"]})),
+        (sample, SampleConfig(problems={"families": ["gcd"]})),
     ):
         with pytest.raises(InputError, match="widen the filter"):
             stage(config, inputs, Context.local(tmp_path))
@@ -129,20 +133,58 @@ def test_evaluations_and_their_report_agree_with_the_rows_they_keep(inputs, tmp_
         report(ReportConfig(claims=()), twice, Context.local(tmp_path / "twice"))
 
 
-def test_rejection_sampling_keeps_only_right_clean_and_different_replies(inputs, tmp_path):
-    ctx = Context.local(tmp_path, workers=2)
-    config = RejectionSampleConfig(samples=16, keep_per_problem=2, max_new_tokens=14)
-    summary = rejection_sample(config, inputs, ctx)
+@pytest.fixture(scope="module")
+def sampled(inputs, tmp_path_factory):
+    """(context, summary) of 16 replies to each of the ten questions, on two workers."""
+    ctx = Context.local(tmp_path_factory.mktemp("sampled"), workers=2)
+    return ctx, sample(SampleConfig(samples=16, max_new_tokens=14, chunk=3), inputs, ctx)
+
+
+def test_samples_are_kept_whole_once_each_and_their_figures_agree(sampled, bandit_problems, bandit_base):
+    ctx, summary = sampled
+    rows = list(read_rollouts(ctx.out))
+    assert [(row["group"], row["sample"]) for row in rows] == [(g, s) for g in range(10) for s in range(16)]
+    assert [Problem.from_json(rows[16 * g]["problem"]) for g in range(10)] == list(bandit_problems)
+    assert summary["samples"] == 160
+    assert summary["accuracy"] == pytest.approx(sum(row["accuracy"] for row in rows) / 160, abs=1e-4)
+    assert summary["sample_flops"] == sum(row["flops"] for row in rows) > 0
+    tokenizer, model = load_tokenizer(bandit_base), load_model(bandit_base)
+    for row in rows[:3]:  # all that a learner needs to learn from them is there
+        assert reply_text(row["reply_ids"], tokenizer) == row["completion"]
+        ids = torch.tensor([row["prompt_ids"] + row["reply_ids"]])
+        logprobs = model(ids[:, :-1]).log_probs(ids[:, 1:])[0, len(row["prompt_ids"]) - 1 :]
+        torch.testing.assert_close(logprobs, torch.tensor(row["logprobs"]), rtol=1e-4, atol=1e-5)
+
+
+def test_rejection_sampling_keeps_only_right_clean_and_different_replies(sampled, tmp_path):
+    drawn, told = sampled
+    ctx = Context.local(tmp_path)
+    rollouts = Artifact.local(drawn.out, "rollouts")
+    summary = rejection_sample(RejectionSampleConfig(keep_per_problem=2), {"rollouts": rollouts}, ctx)
     rows = pq.read_table(ctx.out / "conversations-00000.parquet").to_pylist()
     assert len(rows) == summary["conversations"] > 0
     dropped = sum(value for name, value in summary.items() if name.startswith("dropped_"))
     assert dropped + summary["conversations"] == summary["samples"] == 160
+    assert summary["problems_solved"] <= told["problems_solved"]
+    assert summary["sample_flops"] == told["sample_flops"]
     assert summary["dropped_wrong"] > 50
     for row in rows:
         messages = json.loads(row["messages"])
         assert messages[1] == {"role": "assistant", "content": "<think>so</think><answer>3</answer>"}
         assert json.loads(row["problem"])["question"] == messages[0]["content"]
     assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_rejection_sampling_reads_what_reinforcement_learning_kept(inputs, tmp_path):
+    learnt, ctx = Context.local(tmp_path / "grpo"), Context.local(tmp_path / "kept")
+    grpo(GrpoConfig(**{**OPTIONS, "steps": 5}), inputs, learnt)
+    checkpoint = Artifact.local(learnt.out, "checkpoint")
+    summary = rejection_sample(RejectionSampleConfig(keep_per_problem=1), {"rollouts": checkpoint}, ctx)
+    assert summary["samples"] == 3 * 4 * 8
+    assert summary["problems"] < 3 * 4  # three steps ask some of the ten again, and keep one reply for them together
+    assert summary["conversations"] == summary["problems_solved"]
+    with pytest.raises(InputError, match="keep_rollouts_every"):
+        rejection_sample(RejectionSampleConfig(), {"rollouts": inputs["checkpoint"]}, ctx)
 
 
 def test_every_reason_to_drop_is_counted_once():

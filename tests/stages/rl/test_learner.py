@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from infra.errors import ConfigError
 from stages.grpo import GrpoConfig
 from stages.rl.learner import GrpoJob, learn
 from stages.rl.policy_loss import PolicyObjective
+from stages.rl.rollout import grouped, read_rollouts
 from stages.training.checkpoint import load_model
 
 
@@ -92,8 +92,7 @@ def test_a_steps_row_reports_every_rule_and_the_signs_of_reasoning(job, tmp_path
     assert 0 < row["overlong"] < 1  # every token counts when the margin is the whole limit
     earned = row["accuracy"] + 0.2 * row["format"]
     assert row["reward"] == pytest.approx(earned - 0.3 * row["repetition"] - 0.7 * row["overlong"])
-    (kept,) = (tmp_path / "scratch").glob("rollouts/*.parquet")
-    replies = pq.read_table(kept).to_pylist()
+    replies = list(read_rollouts(tmp_path / "scratch/rollouts"))
     assert row["overlong"] == pytest.approx(sum(reply["tokens"] for reply in replies) / len(replies) / 14)
     assert (row["reflections"], row["verification"], row["backtracking"]) == (0, 0, 0)  # its chains say "so"
 
@@ -126,9 +125,10 @@ def test_dynamic_sampling_replaces_groups_without_contrast_by_questions_not_yet_
     options = {"steps": 2, "group_size": 2, "rewards": {"accuracy": 1, "format": 0}, "keep_rollouts_every": 1}
     rows = learn(job(tmp_path, dynamic_sampling=9, **options), silent)
     for step, row in enumerate(rows, start=1):
-        asked = pq.read_table(tmp_path / f"scratch/rollouts/rollouts-{step:05d}-000.parquet").to_pylist()
-        problems = [asked[i]["problem_id"] for i in range(0, len(asked), 2)]
-        useful = sum(asked[i]["advantage"] != 0 for i in range(0, len(asked), 2))
+        asked = [group for group in grouped(read_rollouts(tmp_path / "scratch/rollouts")) if group[0]["step"] == step]
+        problems = [group[0]["problem_id"] for group in asked]
+        useful = sum(group[0]["reward"] != group[1]["reward"] for group in asked)
+        assert [group[0]["group"] for group in asked] == list(range(len(asked)))
         assert len(set(problems)) == len(problems) > 4
         assert useful == 4 or len(problems) == 10
         assert row["flat_groups"] == pytest.approx(1 - useful / len(problems))
@@ -139,7 +139,7 @@ def test_dynamic_sampling_is_bounded_and_off_it_asks_nothing_more(job, tmp_path)
     for rounds, groups in ((0, 4), (1, 8), (2, 10), (9, 10)):  # no reward at all: every group lacks contrast
         folder = tmp_path / str(rounds)
         (row,) = learn(job(folder, dynamic_sampling=rounds, **options), silent)
-        assert pq.read_table(folder / "scratch/rollouts/rollouts-00001-000.parquet").num_rows == groups * 2
+        assert len(list(read_rollouts(folder / "scratch/rollouts"))) == groups * 2
         assert (row["loss"], row["flat_groups"]) == (0, 1)
 
 

@@ -1,0 +1,71 @@
+"""Sampling: k scored replies of a checkpoint to each of many problems, kept whole.
+
+The replies are a `rollouts` artifact in the form of `stages/rl/rollout.py`, which rejection sampling, preference pairs,
+replay and distillation read. Every chunk is on disk as soon as it is there, so a killed run asks nothing twice.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from infra.config import Config, Field
+from infra.errors import InputError
+from infra.stage import Context, Inputs, stage
+from stages.problems.problem import read_problems
+from stages.problems.selection import ProblemFilter
+from stages.rl.engines import EngineName
+from stages.rl.prompts import Template
+from stages.rl.rollout import write_rollouts
+from stages.rl.sample import SampleJob, sampled
+
+GROUPS_PER_FILE = 1024
+
+
+class SampleConfig(Config):
+    problems: ProblemFilter = Field(ProblemFilter(limit=1000), title="Problems", description="Of the training split")
+    template: Template = Field("chat", title="Template")
+    samples: int = Field(8, ge=1, title="Samples a problem")
+    max_new_tokens: int = Field(64, ge=1, title="Longest reply")
+    temperature: float = Field(1.0, ge=0, title="Temperature")
+    top_p: float = Field(1.0, gt=0, le=1, title="Top-p")
+    engine: EngineName = Field("native", title="Engine")
+    chunk: int = Field(8, ge=1, title="Problems a chunk", description="Generated together; a kill costs one at most")
+    seed: int = Field(0, title="Seed")
+
+
+@stage(version=1, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="rollouts")
+def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
+    """Sample replies to training problems and score them."""
+    problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
+    if not problems:
+        raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
+    job = SampleJob(
+        checkpoint=str(inputs["checkpoint"].path),
+        problems=problems,
+        samples=config.samples,
+        template=config.template,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        engine=config.engine,
+        chunk=config.chunk,
+    )
+    sums = dict.fromkeys(("accuracy", "format", "language_consistency", "tokens", "flops"), 0.0)
+    solved = 0
+    asked = sampled(job, ctx)
+    for number, groups in enumerate(iter(lambda: list(islice(asked, GROUPS_PER_FILE)), [])):
+        rows = [row for group in groups for row in group]
+        solved += sum(any(row["accuracy"] >= 1 for row in group) for group in groups)
+        for name in sums:
+            sums[name] += sum(row[name] for row in rows)
+        write_rollouts(ctx.out / f"rollouts-00000-{number:04d}.parquet", rows)
+    samples = len(problems) * config.samples
+    return {
+        "problems": len(problems),
+        "problems_solved": solved,
+        "samples": samples,
+        **{name: round(sums[name] / samples, 4) for name in ("accuracy", "format", "language_consistency")},
+        "length": round(sums["tokens"] / samples, 2),
+        "sample_flops": sums["flops"],
+    }
