@@ -15,7 +15,7 @@ from infra.errors import InputError
 from infra.stage import Context, Inputs, optional, stage
 from stages.problems.problem import Problem, read_problems
 from stages.problems.selection import ProblemFilter
-from stages.tokens.chat_template import assistant_content
+from stages.rl.prompts import worked_turns
 from stages.training.supervised import Conversation, SupervisedConfig, fine_tune, read_conversations
 
 
@@ -66,5 +66,4 @@ def draw(pool: Sequence[Conversation], n: int, seed: int) -> tuple[list[Conversa
 
 def worked(problem: Problem) -> Conversation:
     """A problem with its worked chain as a conversation."""
-    reply = assistant_content(problem.chain, problem.answer)
-    return Conversation([{"role": "user", "content": problem.question}, {"role": "assistant", "content": reply}])
+    return Conversation(worked_turns(problem))
