@@ -12,7 +12,7 @@ from infra.artifact import Artifact
 from infra.errors import ConfigError, InputError
 from infra.stage import Context
 from stages.evaluate import EvaluateConfig, evaluate
-from stages.evaluation.claims import Claim
+from stages.evaluation.claims import Claim, Rise
 from stages.generate_problems import GenerateProblemsConfig, generate_problems
 from stages.grpo import GrpoConfig, grpo
 from stages.problems.problem import Problem, read_problems, write_problems
@@ -112,6 +112,10 @@ def test_evaluations_and_their_report_agree_with_the_rows_they_keep(inputs, tmp_
         assert len(records) == 10
         assert summary["pass_1"] == pytest.approx(sum(r["pass_1"] for r in records) / 10, abs=1e-4)
         assert summary["pass_1_low"] <= summary["pass_1"] <= summary["pass_1_high"]
+        made = json.loads((ctx.out / "report.json").read_text())
+        assert [row["k"] for row in made["curve"]] == [1, 2, 4]
+        assert made["curve"][0]["maj"] == pytest.approx(made["measures"]["pass_1"]["value"])
+        assert made["measures"]["maj_at_4"]["value"] == pytest.approx(sum(r["consensus"] for r in records) / 10)
         artifacts.append(Artifact.local(ctx.out, "report", summary))
     greedy = pq.read_table(tmp_path / "cold" / "out" / "problems.parquet").to_pylist()
     assert all(row["pass_1"] in (0, 1) for row in greedy)  # four times the same reply
@@ -121,12 +125,13 @@ def test_evaluations_and_their_report_agree_with_the_rows_they_keep(inputs, tmp_
         Claim(left="warm", right="absent"),
     )
     ctx = Context.local(tmp_path / "report")
-    summary = report(ReportConfig(title="Two", claims=claims), {"evaluations": tuple(artifacts)}, ctx)
+    rises = (Rise(after="warm", before="cold", k=4),)
+    summary = report(ReportConfig(title="Two", claims=claims, rises=rises), {"evaluations": tuple(artifacts)}, ctx)
     content = json.loads((ctx.out / "report.json").read_text())
-    assert [claim["holds"] for claim in content["claims"]] == [True, False, False]
+    assert [claim["holds"] for claim in content["claims"]] == [True, False, False, False]
     assert content["claims"][2]["note"] == "no evaluation named 'absent'"
     assert summary["claims_held"] == 1
-    assert (ctx.out / "pass_at_1.png").stat().st_size > 1000
+    assert all((ctx.out / name).stat().st_size > 1000 for name in ("pass_at_1.png", "pass_and_maj_at_k.png"))
     assert "| warm |" in (ctx.out / "report.md").read_text()
     twice = {"evaluations": (artifacts[0], artifacts[0])}
     with pytest.raises(InputError, match="named 'warm'"):
