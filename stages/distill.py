@@ -41,7 +41,21 @@ class DistillConfig(SupervisedConfig):
         description="0: forward KL, 1: reverse KL, between: Jensen-Shannon; none: 0 for logits, 1 on policy",
     )
     temperature: float = Field(1.0, gt=0, title="Temperature", description="Of both distributions; not for sft")
+    budget: Literal["student", "with_teacher"] | None = Field(
+        None,
+        title="Budget",
+        description="Instead of epochs or steps: as many FLOPs as the input `rival` was trained with, spent by the "
+        "student alone or with the teacher's sampling counted",
+    )
     max_new_tokens: int = Field(64, ge=1, title="Longest own reply", description="On policy alone")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if sum(length is not None for length in (self.epochs, self.steps, self.budget)) != 1:
+            raise ValueError("give one of epochs, steps and budget")
+        if self.budget and self.method != "sft":
+            raise ValueError("budget counts the cost of method=sft: give epochs or steps for another")
+        return self
 
     @model_validator(mode="after")
     def _the_samples_have_no_distribution(self) -> Self:
@@ -52,7 +66,12 @@ class DistillConfig(SupervisedConfig):
 
 @stage(
     version=1,
-    takes={"student": "checkpoint", "conversations": "conversations", "teacher": optional("checkpoint")},
+    takes={
+        "student": "checkpoint",
+        "conversations": "conversations",
+        "teacher": optional("checkpoint"),
+        "rival": optional("checkpoint"),
+    },
     makes="checkpoint",
 )
 def distill(config: DistillConfig, inputs: Inputs, ctx: Context) -> dict:
@@ -65,11 +84,32 @@ def distill(config: DistillConfig, inputs: Inputs, ctx: Context) -> dict:
             "pretrain one with model.family set, or import one"
         )
     lesson = _lesson(config, student, inputs.get("teacher"))
-    summary = fine_tune(config, student, read_conversations(conversations.path), ctx, lesson)
+    paid = _paid(config, inputs)
+    summary = fine_tune(paid, student, read_conversations(conversations.path), ctx, lesson)
     # On policy the conversations lend their questions alone: what their replies cost was not for this student.
     sampled = 0.0 if config.method == "on_policy" else conversations.summary.get("sample_flops", 0.0)
     sampled += summary.pop("teacher_flops", 0.0)
     return summary | {"method": config.method, "family": family, "sample_flops": sampled}
+
+
+def _paid(config: DistillConfig, inputs: Inputs) -> DistillConfig:
+    """The config with the steps that its budget pays for. InputError where it pays for none, or has no rival."""
+    rival = inputs.get("rival")
+    if (rival is None) == (config.budget is not None):
+        raise InputError("rival: give the checkpoint whose compute is to be equalled together with budget, or neither")
+    if rival is None:
+        return config
+    flops = rival.summary.get("train_flops", 0.0)
+    if config.budget == "with_teacher":
+        flops -= inputs["conversations"].summary.get("sample_flops", 0.0)
+    model = load_config(inputs["student"].path)
+    step = model.flops_per_token(config.sequence_length, mtp=True) * config.sequence_length * config.batch_size
+    if flops < step:
+        raise InputError(
+            f"budget: {rival.id} leaves {flops:.2g} FLOPs and a step takes {step:.2g}: sample less from the teacher, "
+            "or train the rival for longer"
+        )
+    return config.model_copy(update={"steps": int(flops // step), "budget": None})
 
 
 def _lesson(config: DistillConfig, student: Artifact, teacher: Artifact | None) -> Lesson | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.recipes import Recipe
+from flows.recipes import Recipe, tiny
 
 FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown", "compare", "sort", "reverse", "knights_and_knaves")
 ROLLOUT = {"max_new_tokens": 256}
@@ -102,7 +102,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 150, **RL},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ROLLOUT},
-    "cold_start": {"problems": {"limit": 8000}, "epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "sample_zero": {
+        **{"problems": {"limit": 8_000}, "template": "r1_zero", "shots": 2, "samples": 4, "chunk": 32, **ROLLOUT},
+    },
+    "cold_start_samples": {"keep_per_problem": 2},
+    "cold_start": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
     "evaluate_cold_start": {"name": "cold_start", "samples": 16, **ROLLOUT},
     "reasoning_rl": {
         "name": "reasoning_rl",
@@ -113,6 +117,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_reasoning_rl": {"name": "reasoning_rl", "samples": 16, **ROLLOUT},
     "sample": {"problems": {"limit": 20_000}, "samples": 8, "chunk": 32, **ROLLOUT},
     "rejection_sample": {"keep_per_problem": 2},
+    "general": {"max_conversations": 20_000},
     "sft": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
     "final_rl": {
         "name": "final_rl",
@@ -132,6 +137,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_distill_qwen": {"name": "distilled_qwen", "samples": 16, **ROLLOUT},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "report": {"title": "The line on one GPU"},
+    "distill_equal": {"budget": "student", "batch_size": 32, "sequence_length": 1024, **GPU},
+    "evaluate_distill_equal": {"name": "distilled_equal", "samples": 16, **ROLLOUT},
+    "distill_equal_all": {"budget": "with_teacher", "batch_size": 32, "sequence_length": 1024, **GPU},
+    "evaluate_distill_equal_all": {"name": "distilled_equal_all", "samples": 16, **ROLLOUT},
+    "report_equal": {"title": "Distillation or reinforcement learning", "claims": tiny.EQUAL_COMPUTE, "rises": ()},
+    "r1_patterns": {"keep_per_problem": 2, "system_prompt": tiny.REFLECT},
+    "expert": {"problems": {"limit": 8000}, "epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "expert_rl": {
+        "name": "expert_rl",
+        "steps": 100,
+        "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1, "overlong": 0.2},
+        **RL,
+    },
+    "sample_expert": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 32, **ROLLOUT},
+    "concise": {"keep_per_problem": 1, "prefer": "shortest"},
+    "v3_sft": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "evaluate_v3_sft": {"name": "v3_from_r1", "samples": 16, **ROLLOUT},
+    "report_v3": {"title": "R1's reasoning in a chat model", "claims": tiny.CONCISE, "rises": ()},
 }
 
 

@@ -40,6 +40,15 @@ GRPO = {
 
 ZERO = {"rewards": {"accuracy": 1.0, "format": 0.1}}  # R1-Zero has no language reward (DeepSeek-R1, section 2.2)
 
+# The prompt behind which V3's expert learns R1's replies asks for reflection and verification (V3, section 5.1); its
+# words are not published. These are what a row of 128 tokens has room for.
+REFLECT = "Reflect and verify."
+EQUAL_COMPUTE = tuple({"left": name, "right": "rl_only_llama"} for name in ("distilled_equal", "distilled_equal_all"))
+CONCISE = (
+    {"left": "r1", "right": "v3_from_r1", "measure": "length"},
+    {"left": "v3_from_r1", "right": "r1", "margin": -0.05, "strict": False},
+)
+
 # At the budgets below the best size is a few 10⁴ FLOPs per token. Heads four wide let the width grow in small steps.
 LADDER = {"family": "llama", "d_model": 64, "n_layers": 2, "n_heads": 16, "d_ff": 176, "init_std": 0.1}
 
@@ -104,12 +113,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_base": {"name": "base", "template": "r1_zero", **EVALUATE},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, **ZERO, "steps": 30},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", **EVALUATE},
-    "cold_start": {"problems": {"limit": 1_000}, "epochs": 1.0, **TUNE},
+    # The base has met every problem alone in its window: one example in front is the most that it reads past.
+    "sample_zero": {"problems": {"limit": 500}, "template": "r1_zero", "shots": 1, "samples": 4, **REPLY},
+    "cold_start_samples": {"keep_per_problem": 2},
+    "cold_start": {"epochs": 1.0, **TUNE},
     "evaluate_cold_start": {"name": "cold_start", **EVALUATE},
     "reasoning_rl": {"name": "reasoning_rl", **GRPO, "steps": 80},
     "evaluate_reasoning_rl": {"name": "reasoning_rl", **EVALUATE},
     "sample": {"problems": {"limit": 2_000}, "samples": 4, **REPLY},
     "rejection_sample": {"keep_per_problem": 2},
+    "general": {"max_characters": 120, "max_conversations": 2_000},
     "sft": {"epochs": 1.0, **TUNE},
     "final_rl": {"name": "final_rl", **GRPO, "steps": 25},
     "evaluate_r1": {"name": "r1", **EVALUATE},
@@ -124,6 +137,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_distill_qwen": {"name": "distilled_qwen", **EVALUATE},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", **EVALUATE},
     "report": {"title": "The tiny line"},
+    "distill_equal": {"budget": "student", **TUNE},
+    "evaluate_distill_equal": {"name": "distilled_equal", **EVALUATE},
+    "distill_equal_all": {"budget": "with_teacher", **TUNE},
+    "evaluate_distill_equal_all": {"name": "distilled_equal_all", **EVALUATE},
+    "report_equal": {"title": "Distillation or reinforcement learning", "claims": EQUAL_COMPUTE, "rises": ()},
+    "r1_patterns": {"keep_per_problem": 2, "system_prompt": REFLECT},
+    "expert": {"problems": {"limit": 1_000}, "epochs": 1.0, **TUNE},
+    "expert_rl": {"name": "expert_rl", **GRPO, "rewards": {**GRPO["rewards"], "overlong": 0.2}, "steps": 25},
+    "sample_expert": {"problems": {"limit": 1_000}, "samples": 8, **REPLY},
+    "concise": {"keep_per_problem": 1, "prefer": "shortest"},
+    "v3_sft": {"epochs": 2.0, **TUNE},
+    "evaluate_v3_sft": {"name": "v3_from_r1", **EVALUATE},
+    "report_v3": {"title": "R1's reasoning in a chat model", "claims": CONCISE, "rises": ()},
 }
 
 
