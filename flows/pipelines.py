@@ -233,6 +233,34 @@ _EQUAL = LINE.branch(
     Node("report_equal", "report", {"evaluations": {name: f"evaluate_{name}" for name in _ARMS}}),
 )
 
+# Reproductions of others' work begin at a published checkpoint: flows/recipes/reproductions.py has their figures.
+_ZERO = Pipeline(
+    "imported_zero",
+    "Reinforcement learning straight from a published checkpoint on problems of our families",
+    (
+        Node("import_base", "import_checkpoint"),
+        Node("puzzles", "generate_problems"),
+        Node("evaluate_start", "evaluate", {"checkpoint": "import_base", "problems": "puzzles"}),
+        Node("puzzle_rl", "grpo", {"checkpoint": "import_base", "problems": "puzzles"}),
+        Node("evaluate_puzzle_rl", "evaluate", {"checkpoint": "puzzle_rl", "problems": "puzzles"}),
+        Node("report_zero", "report", {"evaluations": {"start": "evaluate_start", "rl": "evaluate_puzzle_rl"}}),
+    ),
+)
+_TRACES = Pipeline(
+    "imported_traces",
+    "A published checkpoint learns a data set of reasoning traces, and then by reinforcement on imported problems",
+    (
+        Node("import_base", "import_checkpoint"),
+        Node("traces", "ingest_conversations"),
+        Node("math", "import_problems"),
+        Node("trace_sft", "sft", {"checkpoint": "import_base", "conversations": "traces"}),
+        Node("evaluate_traces", "evaluate", {"checkpoint": "trace_sft", "problems": "math"}),
+        Node("math_rl", "grpo", {"checkpoint": "trace_sft", "problems": "math"}),
+        Node("evaluate_math_rl", "evaluate", {"checkpoint": "math_rl", "problems": "math"}),
+        Node("report_traces", "report", {"evaluations": {"sft": "evaluate_traces", "rl": "evaluate_math_rl"}}),
+    ),
+)
+
 _CORPUS = LINE.part("corpus", "Raw English, Chinese and code to packed tokens", ["tokenize"])
 
 PIPELINES: dict[str, Pipeline] = {
@@ -258,6 +286,8 @@ PIPELINES: dict[str, Pipeline] = {
         ),
         _EQUAL,
         _V3,
+        _ZERO,
+        _TRACES,
         LINE,
     )
 }

@@ -103,7 +103,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 150, **RL},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "sample_zero": {
-        **{"problems": {"limit": 8_000}, "template": "r1_zero", "shots": 2, "samples": 4, "chunk": 32, **ROLLOUT},
+        **{"problems": {"limit": 8_000}, "template": "r1_zero", "samples": 4, "chunk": 32, **ROLLOUT},
     },
     "cold_start_samples": {"keep_per_problem": 2},
     "cold_start": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},

@@ -113,8 +113,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_base": {"name": "base", "template": "r1_zero", **EVALUATE},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, **ZERO, "steps": 30},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", **EVALUATE},
-    # The base has met every problem alone in its window: one example in front is the most that it reads past.
-    "sample_zero": {"problems": {"limit": 500}, "template": "r1_zero", "shots": 1, "samples": 4, **REPLY},
+    # No shots: a model that has met every problem alone in its window cannot read past an example. Behind one, 19 % of
+    # R1-Zero's replies were well-formed and 0.5 % right, against 99 % and 67 % without.
+    "sample_zero": {"problems": {"limit": 500}, "template": "r1_zero", "samples": 4, **REPLY},
     "cold_start_samples": {"keep_per_problem": 2},
     "cold_start": {"epochs": 1.0, **TUNE},
     "evaluate_cold_start": {"name": "cold_start", **EVALUATE},

@@ -165,6 +165,28 @@ def test_a_student_of_another_tokenizer_is_refused_but_for_samples(publish_token
     assert abs(summary["loss"]) < 1e-5
 
 
+def test_a_budget_trains_for_what_the_rival_cost_with_or_without_the_teachers_samples(student, conversations, tmp_path):
+    length = {**OPTIONS, "steps": None, "learning_rate": {"peak": 1e-3, "schedule": "constant"}}
+    step = load_model(student.path).config.flops_per_token(64, mtp=True) * 64 * 2
+    rival = Artifact.local(student.path, "checkpoint", {"train_flops": 3.5 * step})
+    sampled = Artifact.local(conversations.path, "conversations", {"sample_flops": 1.6 * step})
+    inputs = {"student": student, "conversations": sampled, "rival": rival}
+    for budget, steps in (("student", 3), ("with_teacher", 1)):
+        config = DistillConfig(**{**length, "budget": budget})
+        summary = distill(config, inputs, Context.local(tmp_path / budget))
+        assert summary["steps"] == steps
+        assert summary["train_flops"] == pytest.approx(steps * step)
+        assert summary["sample_flops"] == 1.6 * step
+    dear = Artifact.local(conversations.path, "conversations", {"sample_flops": 3.0 * step})
+    config = DistillConfig(**{**length, "budget": "with_teacher"})
+    with pytest.raises(InputError, match="sample less from the teacher"):
+        distill(config, inputs | {"conversations": dear}, Context.local(tmp_path / "dear"))
+    with pytest.raises(InputError, match="together with budget, or neither"):
+        distill(DistillConfig(**OPTIONS), inputs, Context.local(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="give one of epochs, steps and budget"):
+        DistillConfig.parse({**OPTIONS, "budget": "student"})
+
+
 def test_a_method_and_its_inputs_must_agree(student, teacher, conversations, tmp_path):
     inputs = {"student": student, "conversations": conversations}
     with pytest.raises(InputError, match="give its checkpoint as the input teacher"):
