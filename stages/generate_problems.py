@@ -7,11 +7,13 @@ from collections import Counter
 from infra.config import Config, Field
 from infra.stage import Context, Inputs, stage
 from stages.problems.problem import Language, write_problems
-from stages.problems.registry import FAMILIES, FamilyName, generate
+from stages.problems.registry import WITHOUT_SANDBOX, FamilyName, generate
 
 
 class GenerateProblemsConfig(Config):
-    families: tuple[FamilyName, ...] = Field(tuple(FAMILIES), min_length=1, title="Families")
+    families: tuple[FamilyName, ...] = Field(
+        WITHOUT_SANDBOX, min_length=1, title="Families", description="functions: programs, which run in a sandbox"
+    )
     languages: tuple[Language, ...] = Field(("en", "zh"), min_length=1, title="Languages")
     levels: tuple[int, ...] = Field((), title="Levels", description="Empty: all that each family has")
     n_train: int = Field(20_000, ge=1, title="Training problems")

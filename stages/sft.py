@@ -45,7 +45,7 @@ def sft(config: SftConfig, inputs: Inputs, ctx: Context) -> dict:
         examples += read_conversations(conversations.path)
     if (problems := inputs.get("problems")) is not None:
         chosen = config.problems.select(read_problems(problems.path / "train.jsonl"))
-        if silent := [problem.id for problem in chosen if not problem.chain]:
+        if silent := [problem.id for problem in chosen if not (problem.chain and problem.answer)]:
             raise InputError(f"{problems.id}: {silent[0]} has no worked solution; import it with a solution_field")
         examples += [worked(problem) for problem in chosen]
     if (general := inputs.get("general")) is None:

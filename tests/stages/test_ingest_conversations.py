@@ -156,6 +156,7 @@ def test_artifacts_from_before_tools_are_read(tmp_path):
     assert read_conversations(tmp_path) == [(talk(1), [])]
 
 
+@pytest.mark.slow
 def test_sft_learns_the_calls_of_an_ingested_conversation(tmp_path, bandit_base):
     _, out = read(
         tmp_path / "run", lines(tmp_path / "a.jsonl", [{"messages": ASKED, "tools": TOOLS}]) | {"tools_field": "tools"}
