@@ -18,10 +18,10 @@ from flows.recipes import Recipe
 # Logic-RL (Xie et al. 2025, 2502.14768): Qwen2.5-7B-Instruct-1M on fewer than 5K puzzles of 3 to 7 people; 3600 steps
 # of 8 questions and 8 replies, constant rate 4e-7, temperature 0.7, KL 0.001, REINFORCE++ (ours: GRPO, which the paper
 # compares). Published accuracy by people, 2 to 8: before 0.64 0.39 0.33 0.21 0.13 0.03 0.08 (mean 0.26), after
-# 0.99 0.99 0.94 0.92 0.91 0.80 0.67 (mean 0.89).
+# 0.99 0.99 0.94 0.92 0.91 0.80 0.67 (mean 0.89). Level n of our islanders has n + 1 people.
 LOGIC_RL: dict[str, dict[str, Any]] = {
     "import_base": {"path": "Qwen2.5-7B-Instruct-1M"},
-    "puzzles": {"families": ["islanders"], "languages": ["en"], "levels": [3, 4, 5, 6, 7], "n_train": 5_000},
+    "puzzles": {"families": ["islanders"], "languages": ["en"], "levels": [2, 3, 4, 5, 6], "n_train": 5_000},
     "evaluate_start": {"name": "start", "samples": 8, "max_new_tokens": 4096},
     "puzzle_rl": {
         **{"name": "logic_rl", "steps": 3600, "groups_per_step": 8, "rollout_groups": 8, "group_size": 8},

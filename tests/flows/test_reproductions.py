@@ -20,7 +20,7 @@ QUESTIONS = [(f"Pull {n}.", str(n)) for n in range(10)]
 EVALUATE = {"samples": 2, "max_new_tokens": 16, "problems.limit": 8}
 GRPO = {"steps": 2, "groups_per_step": 4, "rollout_groups": 2, "group_size": 2, "max_new_tokens": 16}
 SMALL: dict[str, dict[str, object]] = {
-    "logic_rl": {"puzzles.n_train": 40, "puzzles.n_heldout": 10, "puzzles.levels": [3]},
+    "logic_rl": {"puzzles.n_train": 40, "puzzles.n_heldout": 10, "puzzles.levels": [2]},
     "tiny_zero": {"puzzles.n_train": 40, "puzzles.n_heldout": 10},
     "open_r1": {"trace_sft.sequence_length": 64, "trace_sft.batch_size": 2, "trace_sft.precision": "fp32"},
 }
