@@ -1,6 +1,7 @@
 """Distillation by each method: what it brings a student to, what it costs, and what it refuses."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from stages.distill import DistillConfig, distill
 from stages.import_checkpoint import ImportCheckpointConfig, import_checkpoint
-from stages.rl.distiller import _prompts, load_teacher
+from stages.rl.distiller import _prompts, load_teacher, teach
 from stages.tokens.bpe import load_tokenizer
 from stages.tokens.chat_template import render
 from stages.training import launch
@@ -33,6 +34,10 @@ OPTIONS = {**STEPS, "learning_rate": {"peak": 5e-3, "schedule": "constant"}, "ma
 def in_this_process(monkeypatch):
     """One rank, as torchrun would start it: what Ray adds is tested with the other training stages."""
     monkeypatch.setattr(launch, "spmd", lambda program, job, ctx, workers: [program(job, ctx.report)])
+
+
+def quiet(*_, **__):
+    """A report that nobody reads."""
 
 
 def talk(question, answer):
@@ -123,6 +128,35 @@ def test_the_teachers_distribution_teaches_more_than_its_samples(student, teache
         distill(DistillConfig(method=method, **{**OPTIONS, "steps": 40}), inputs, Context.local(tmp_path / method))
         found[method] = distance(tmp_path / method / "out", teacher)[0]
     assert found["logits"] < 0.5 * found["sft"]
+
+
+def test_a_student_in_mixed_precision_writes_and_learns_its_own_replies(student, teacher, conversations, tmp_path):
+    config = DistillConfig(method="on_policy", precision="bf16", **{**OPTIONS, "steps": 12})
+    inputs = {"student": student, "conversations": conversations, "teacher": teacher}
+    summary = distill(config, inputs, Context.local(tmp_path))
+    assert summary["loss"] < summary["loss_start"]
+    assert {weight.dtype for weight in load_model(tmp_path / "out").parameters()} == {torch.float32}
+
+
+def test_a_killed_run_on_own_replies_goes_on_to_the_same_last_bit(
+    student, teacher, conversations, tmp_path, monkeypatch
+):
+    jobs = []
+    monkeypatch.setattr(launch, "spmd", lambda _, job, *__, **___: [jobs.append(job), teach(job, quiet)][1:])
+    config = DistillConfig(method="on_policy", **{**OPTIONS, "steps": 4})
+    inputs = {"student": student, "conversations": conversations, "teacher": teacher}
+    distill(config, inputs, Context.local(tmp_path / "whole"))
+
+    def dies(done, *_, **__):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    job = replace(jobs[0], save_every=1, out=str(tmp_path / "killed"), scratch=str(tmp_path / "resume"))
+    with pytest.raises(KeyboardInterrupt):
+        teach(job, dies)
+    assert len(teach(job, quiet).progress.rows) == 4
+    whole, killed = (load_model(folder).state_dict() for folder in (tmp_path / "whole" / "out", job.out))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
 def test_the_prompt_of_a_packed_conversation_ends_before_its_last_reply():
