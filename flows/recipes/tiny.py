@@ -117,7 +117,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # R1-Zero's replies were well-formed and 0.5 % right, against 99 % and 67 % without.
     "sample_zero": {"problems": {"limit": 500}, "template": "r1_zero", "samples": 4, **REPLY},
     "cold_start_samples": {"keep_per_problem": 2},
-    "cold_start": {"epochs": 1.0, **TUNE},
+    "cold_start": {"epochs": 2.0, **TUNE},
     "evaluate_cold_start": {"name": "cold_start", **EVALUATE},
     "reasoning_rl": {"name": "reasoning_rl", **GRPO, "steps": 80},
     "evaluate_reasoning_rl": {"name": "reasoning_rl", **EVALUATE},
