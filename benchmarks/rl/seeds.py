@@ -179,7 +179,8 @@ def mixed_recipe(recipe: Recipe, folder: Path) -> Recipe:
     path.write_text("".join(lines), encoding="utf-8")
     own = recipe.configs
     source = {"kind": "files", "name": "mixed_language", "path": str(path), "format": "jsonl", "license": "Apache-2.0"}
-    rewards = {**own["reasoning_rl"]["rewards"], "language": 0.0}
+    rl = {**own["reasoning_rl"], "steps": own["reasoning_rl"]["steps"] // 2}
+    rewards = {**rl["rewards"], "language": 0.0}
     evaluations = {
         f"evaluate_{name}": {**own["evaluate_reasoning_rl"], "name": name}
         for name in ("mixed_start", "plain_rl", "language_rl")
@@ -187,8 +188,8 @@ def mixed_recipe(recipe: Recipe, folder: Path) -> Recipe:
     more = {
         "mixed": {"source": source},
         "mixed_start": own["cold_start"],
-        "plain_rl": {**own["reasoning_rl"], "name": "plain_rl", "rewards": rewards},
-        "language_rl": {**own["reasoning_rl"], "name": "language_rl", "rewards": {**rewards, "language": 1.0}},
+        "plain_rl": {**rl, "name": "plain_rl", "rewards": rewards},
+        "language_rl": {**rl, "name": "language_rl", "rewards": {**rewards, "language": 1.0}},
     }
     return dataclasses.replace(recipe, configs={**own, **evaluations, **more})
 
