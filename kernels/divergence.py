@@ -60,15 +60,16 @@ class _LinearDivergence(torch.autograd.Function):
             loss_n, gradient_nV = divergence(student_nV, teacher_nV, beta, temperature)
             total += loss_n.sum()
             gradients.add(part, gradient_nV.to(x_ND.dtype))
-        ctx.save_for_backward(gradients.x_ND, gradients.weight_VD)
+            del student_nV, teacher_nV, gradient_nV  # before the next chunk's are made
+        ctx.save_for_backward(gradients.x_ND, gradients.of_weight())
         ctx.dtype = weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_x_ND, grad_weight_VD = ctx.saved_tensors
-        grad_weight_VD = torch.mul(grad_weight_VD, grad).to(ctx.dtype)
-        return grad_x_ND * grad.to(grad_x_ND.dtype), grad_weight_VD, None, None, None, None
+        # In place, for the weight's is as large as the weight: a second backward pass is refused by autograd.
+        grad_x_ND, grad_weight_VD = (saved.mul_(grad) for saved in ctx.saved_tensors)
+        return grad_x_ND, grad_weight_VD.to(ctx.dtype), None, None, None, None
 
 
 def linear_divergence(

@@ -33,6 +33,8 @@ RL = {
     "rollout_groups": 64,
     "learning_rate": 5e-5,
     "micro_batch_tokens": 65536,
+    "precision": "bf16",
+    "importance_cap": 2.0,  # decoding and learning round otherwise
     **ROLLOUT,
 }
 

@@ -77,8 +77,9 @@ class Learner:
         # RL trains the main model: the multi-token-prediction modules wait aside, unchanged, and return at the end.
         self.whole = (self.model.mtp, self.model.config)
         self.model.mtp, self.model.config = torch.nn.ModuleList(), self.model.config.replace(n_mtp=0)
+        split = self.model.low_precision_weights() if self.config.precision == "bf16" else ()
+        self.optimizer = build_optimizer(self.model, self.config.learning_rate, self.config.weight_decay, split=split)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if self.config.kl_coefficient else None
-        self.optimizer = build_optimizer(self.model, self.config.learning_rate, self.config.weight_decay)
         self.bucket = GradientBucket([p for p in self.model.parameters() if p.requires_grad])
         self.questions = Questions(job.problems, self.config.groups_per_step, self.config.seed)
         self.rollouts = RolloutStore(Path(job.scratch) / ROLLOUTS)
@@ -103,6 +104,7 @@ class Learner:
                     self.forget()
                 report(done, self.config.steps, "steps", **self.rows[-1])
         if self.ranks.rank == 0:
+            self.optimizer.join()
             self.model.mtp, self.model.config = self.whole
             save_model(self.job.out, self.model, self.job.checkpoint)
         return self.rows
@@ -242,6 +244,7 @@ class Learner:
                     normaliser,
                 )
                 loss.backward()
+                self.bucket.collect()
                 tally.add(loss=loss.item(), kl=metrics.kl, clipped=metrics.clipped, loss_tokens=metrics.tokens)
                 tally.peak(max_ratio=metrics.max_ratio)
             self.bucket.reduce(self.ranks)
