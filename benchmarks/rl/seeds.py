@@ -179,7 +179,7 @@ def mixed_recipe(recipe: Recipe, folder: Path) -> Recipe:
     path.write_text("".join(lines), encoding="utf-8")
     own = recipe.configs
     source = {"kind": "files", "name": "mixed_language", "path": str(path), "format": "jsonl", "license": "Apache-2.0"}
-    rl = {**own["reasoning_rl"], "steps": own["reasoning_rl"]["steps"] // 2}
+    rl = own["reasoning_rl"]
     rewards = {**rl["rewards"], "language": 0.0}
     evaluations = {
         f"evaluate_{name}": {**own["evaluate_reasoning_rl"], "name": name}
