@@ -27,6 +27,11 @@ STUDENT_BASE = {
     **GPU,
 }
 LADDER = {"family": "llama", "d_model": 512, "n_layers": 8, "n_heads": 16, "d_ff": 1408, "init_std": 0.02}
+TUNE = {
+    **{"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    # Ten times that takes half of its skill from the base (benchmarks/LOG.md, 2026-11-26).
+    "learning_rate": {"schedule": "cosine", "peak": 1e-4, "warmup_steps": 5},
+}
 RL = {
     "groups_per_step": 64,
     "group_size": 16,
@@ -102,17 +107,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **GPU,
     },
     "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ROLLOUT},
-    "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 150, **RL},
+    "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 90, **RL},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "sample_zero": {
         **{"problems": {"limit": 8_000}, "template": "r1_zero", "samples": 4, "chunk": 32, **ROLLOUT},
     },
     "cold_start_samples": {"keep_per_problem": 2},
-    "cold_start": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "cold_start": TUNE,
     "evaluate_cold_start": {"name": "cold_start", "samples": 16, **ROLLOUT},
     "reasoning_rl": {
         "name": "reasoning_rl",
-        "steps": 300,
+        "steps": 90,
         "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1},
         **RL,
     },
@@ -120,7 +125,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sample": {"problems": {"limit": 20_000}, "samples": 8, "chunk": 32, **ROLLOUT},
     "rejection_sample": {"keep_per_problem": 2},
     "general": {"max_conversations": 20_000},
-    "sft": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "sft": TUNE,
     "final_rl": {
         "name": "final_rl",
         "steps": 150,
@@ -132,20 +137,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "teacher_samples": {"keep_per_problem": 2},
     "student_base_llama": {"model": {"family": "llama", **STUDENT}, **STUDENT_BASE},
     "student_base_qwen": {"model": {"family": "qwen2", **STUDENT}, **STUDENT_BASE},
-    "distill_llama": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
-    "distill_qwen": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "distill_llama": TUNE,
+    "distill_qwen": TUNE,
     "rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "steps": 150, **RL},
     "evaluate_distill_llama": {"name": "distilled_llama", "samples": 16, **ROLLOUT},
     "evaluate_distill_qwen": {"name": "distilled_qwen", "samples": 16, **ROLLOUT},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "report": {"title": "The line on one GPU"},
-    "distill_equal": {"budget": "student", "batch_size": 32, "sequence_length": 1024, **GPU},
+    "distill_equal": {**TUNE, "epochs": None, "budget": "student"},
     "evaluate_distill_equal": {"name": "distilled_equal", "samples": 16, **ROLLOUT},
-    "distill_equal_all": {"budget": "with_teacher", "batch_size": 32, "sequence_length": 1024, **GPU},
+    "distill_equal_all": {**TUNE, "epochs": None, "budget": "with_teacher"},
     "evaluate_distill_equal_all": {"name": "distilled_equal_all", "samples": 16, **ROLLOUT},
     "report_equal": {"title": "Distillation or reinforcement learning", "claims": tiny.EQUAL_COMPUTE, "rises": ()},
     "r1_patterns": {"keep_per_problem": 2, "system_prompt": tiny.REFLECT},
-    "expert": {"problems": {"limit": 8000}, "epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "expert": {"problems": {"limit": 8000}, **TUNE},
     "expert_rl": {
         "name": "expert_rl",
         "steps": 100,
@@ -154,7 +159,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "sample_expert": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 32, **ROLLOUT},
     "concise": {"keep_per_problem": 1, "prefer": "shortest"},
-    "v3_sft": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "v3_sft": TUNE,
     "evaluate_v3_sft": {"name": "v3_from_r1", "samples": 16, **ROLLOUT},
     "report_v3": {"title": "R1's reasoning in a chat model", "claims": tiny.CONCISE, "rises": ()},
 }
