@@ -65,9 +65,9 @@ From = Annotated[str | None, typer.Option("--from", metavar="NODE", help="Execut
 Until = Annotated[str | None, typer.Option(metavar="NODE", help="Make it and what it needs, no more.")]
 Only = Annotated[str | None, typer.Option(metavar="NODE", help="Execute it alone, on what the store has.")]
 Force = Annotated[list[str] | None, typer.Option(metavar="NODE", help="Execute it again in a normal run.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="tiny, h100, or a published size (see fathom plan --help).")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="tiny, h100, a published size or a reproduction.")]
 PipelineName = Annotated[
-    str, typer.Argument(metavar="PIPELINE", help="corpus, scaling, iterative, base, r1_zero, r1, distill or line.")
+    str, typer.Argument(metavar="PIPELINE", help="corpus, scaling, base, r1_zero, r1, distill, line or a branch of it.")
 ]
 
 
@@ -166,7 +166,8 @@ def plan(
 ) -> None:
     """Show what a run would do and why, without running anything.
 
-    Recipes: tiny, h100, v1_67b, moe_2b, moe_16b, v2_lite, v2, v3.
+    Recipes: tiny, h100, v1_67b, moe_2b, moe_16b, v2_lite, v2, v3; logic_rl and tiny_zero for imported_zero,
+    open_r1 for imported_traces.
 
     Example: fathom plan line --set pretrain.steps=300
     """

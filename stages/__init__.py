@@ -25,6 +25,7 @@ NAMES = (
     "import_problems",
     "ingest_conversations",
     "ingest_preferences",
+    "ask_reference",
     "sft",
     "grpo",
     "sample",

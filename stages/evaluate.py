@@ -82,6 +82,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
         "kind": "evaluation",
         "name": config.name,
         "flops": flops,
+        "teacher_flops": spent.get("sample_flops", 0.0),
         "checkpoint": inputs["checkpoint"].id,
         "problems": figures,
         "curve": points,

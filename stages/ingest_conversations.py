@@ -26,6 +26,7 @@ from stages.corpus.sources import Raw, Source
 from stages.corpus.sources.files import HubDataset, JsonLines, Parquet
 from stages.tokens.messages import conversation_text
 from stages.tokens.tools import calls_text
+from stages.tokens.traces import think_answer
 from stages.training.supervised import CONVERSATIONS
 
 
@@ -74,6 +75,11 @@ class ConversationDataset(_Fields):
 
 class IngestConversationsConfig(Config):
     source: Annotated[ConversationFiles | ConversationDataset, Field(discriminator="kind", title="Source")]
+    traces: Literal["as_is", "think_answer"] = Field(
+        "as_is",
+        description="think_answer: replies are reasoning traces and take our form, for reinforcement to go on from; "
+        "those with another form are left out",
+    )
     max_conversations: int | None = Field(None, ge=1, description="Sampled evenly over the source; all when unset.")
     seed: int = 0
 
@@ -87,9 +93,13 @@ def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx:
     """Read one source of conversations, for a checkpoint to learn from."""
     source = config.source.build()
     rows = {f"{source.name}/{raw.key}": raw.text for raw in _read(source, ctx)}
+    read = len(rows)
+    if config.traces == "think_answer":
+        rows = {id: text for id, row in rows.items() if (text := _in_our_form(row))}
     chosen = sorted(rows, key=lambda id: fraction(id, f"conversation {config.seed}"))[: config.max_conversations]
     if not chosen:
-        raise InputError(f"{config.source.path} holds no conversation: the source is empty")
+        form = "" if config.traces == "as_is" else " with a chain and a solution in every reply"
+        raise InputError(f"{config.source.path} holds no conversation{form}: there is nothing to learn in it")
     table, counts = [], Counter()
     for id in chosen:
         messages, tools = json.loads(rows[id])
@@ -105,7 +115,7 @@ def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx:
         counts[f"language_{language}"] += 1
     pq.write_table(pa.Table.from_pylist(table, CONVERSATIONS), ctx.out / "conversations-00000.parquet")
     about = {"source": source.name, "license": source.license, "conversations": len(table)}
-    return about | {"left_out": len(rows) - len(table), **dict(sorted(counts.items()))}
+    return about | {"left_out": read - len(table), **dict(sorted(counts.items()))}
 
 
 def _read(source: Source, ctx: Context) -> Iterator[Raw]:
@@ -113,3 +123,15 @@ def _read(source: Source, ctx: Context) -> Iterator[Raw]:
     for done, unit in enumerate(units, start=1):
         yield from source.read(unit)
         ctx.report(done, len(units), "parts")
+
+
+def _in_our_form(row: str) -> str | None:
+    """The conversation with all its replies as `<think>…</think><answer>…</answer>`; None if one has no such form."""
+    messages, tools = json.loads(row)
+    for message in messages:
+        if message["role"] == "assistant":
+            reply = think_answer(message["content"])
+            if reply is None:
+                return None
+            message["content"] = reply
+    return json.dumps([messages, tools], ensure_ascii=False)

@@ -78,7 +78,13 @@ def read_evaluation(artifact: Artifact) -> Evaluation:
     content = json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))
     records = {row["problem_id"]: row for row in pq.read_table(artifact.path / PROBLEMS).to_pylist()}
     return Evaluation(
-        content["name"], records, content["problems"], content["text"], content["curve"], content["flops"]
+        content["name"],
+        records,
+        content["problems"],
+        content["text"],
+        content["curve"],
+        content["flops"],
+        content["teacher_flops"],
     )
 
 

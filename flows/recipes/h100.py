@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.recipes import Recipe
+from flows.recipes import Recipe, tiny
 
 FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown", "compare", "sort", "reverse", "knights_and_knaves")
 ROLLOUT = {"max_new_tokens": 256}
@@ -125,7 +125,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 90, **RL},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ROLLOUT},
-    "cold_start": {"problems": {"limit": 8000}, **TUNE},
+    "sample_zero": {
+        **{"problems": {"limit": 8_000}, "template": "r1_zero", "samples": 4, "chunk": 32, **ROLLOUT},
+    },
+    "cold_start_samples": {"keep_per_problem": 2},
+    "cold_start": TUNE,
     "evaluate_cold_start": {"name": "cold_start", "samples": 16, **ROLLOUT},
     "reasoning_rl": {
         "name": "reasoning_rl",
@@ -136,6 +140,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_reasoning_rl": {"name": "reasoning_rl", "samples": 16, **ROLLOUT},
     "sample": {"problems": {"limit": 20_000}, "samples": 8, "chunk": 32, **ROLLOUT},
     "rejection_sample": {"keep_per_problem": 2},
+    "general": {"max_conversations": 20_000},
     "sft": TUNE,
     "final_rl": {
         "name": "final_rl",
@@ -158,6 +163,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "sample_start": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 32, **ROLLOUT},
     **{f"{name}_{number}": values for number in (1, 2) for name, values in ROUND.items()},
     "evaluate_iterative_rl": {"name": "iterative_rl", "samples": 16, **ROLLOUT},
+    "distill_equal": {**TUNE, "epochs": None, "budget": "student"},
+    "evaluate_distill_equal": {"name": "distilled_equal", "samples": 16, **ROLLOUT},
+    "distill_equal_all": {**TUNE, "epochs": None, "budget": "with_teacher"},
+    "evaluate_distill_equal_all": {"name": "distilled_equal_all", "samples": 16, **ROLLOUT},
+    "report_equal": {"title": "Distillation or reinforcement learning", "claims": tiny.EQUAL_COMPUTE, "rises": ()},
+    "r1_patterns": {"keep_per_problem": 2, "system_prompt": tiny.REFLECT},
+    "expert": {"problems": {"limit": 8000}, **TUNE},
+    "expert_rl": {
+        "name": "expert_rl",
+        "steps": 100,
+        "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1, "overlong": 0.2},
+        **RL,
+    },
+    "sample_expert": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 32, **ROLLOUT},
+    "concise": {"keep_per_problem": 1, "prefer": "shortest"},
+    "v3_sft": TUNE,
+    "evaluate_v3_sft": {"name": "v3_from_r1", "samples": 16, **ROLLOUT},
+    "report_v3": {"title": "R1's reasoning in a chat model", "claims": tiny.CONCISE, "rises": ()},
 }
 
 

@@ -67,6 +67,13 @@ class Evaluation:
     text: list[dict[str, Any]]
     curve: list[dict[str, Any]]
     flops: float | None = None  # of the stages that made this checkpoint from its starting point, sampling included
+    teacher_flops: float = 0.0  # of them what another model spent for it
+
+    @property
+    def cost(self) -> str:
+        """As a reader of a comparison at equal compute needs it: with and without the teacher."""
+        teacher = f" ({self.teacher_flops:.3g} of them a teacher's)" if self.teacher_flops else ""
+        return f"{self.flops or 0:.3g}{teacher}"
 
 
 def judge(claim: Claim, evaluations: Mapping[str, Evaluation]) -> Verdict:
@@ -80,9 +87,7 @@ def judge(claim: Claim, evaluations: Mapping[str, Evaluation]) -> Verdict:
         [right.records[problem][claim.right_measure or claim.measure] for problem in shared],
         [left.records[problem]["content"] for problem in shared],
     )
-    note = (
-        f"{left.flops:.3g} against {right.flops:.3g} FLOPs" if left.flops and right.flops and left is not right else ""
-    )
+    note = f"{left.cost} against {right.cost} FLOPs" if left.flops and right.flops and left is not right else ""
     return Verdict(
         claim.text, _holds(claim, difference), difference.mean, difference.low, difference.high, len(shared), note
     )

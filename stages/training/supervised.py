@@ -24,7 +24,7 @@ from stages.tokens.chat_template import render
 from stages.tokens.tools import Tools
 from stages.training.checkpoint import load_config
 from stages.training.data import PackedRows, write_packed
-from stages.training.job import Optimization, TrainJob
+from stages.training.job import Lesson, Optimization, TrainJob
 from stages.training.launch import launch, summarize
 from stages.training.plots import plot_losses
 from stages.training.schedules import LearningRate
@@ -76,9 +76,16 @@ def read_conversations(directory: Path) -> list[Conversation]:
 
 
 def fine_tune(
-    config: SupervisedConfig, base: Artifact, conversations: Iterable[Conversation], ctx: Context
+    config: SupervisedConfig,
+    base: Artifact,
+    conversations: Iterable[Conversation],
+    ctx: Context,
+    lesson: Lesson | None = None,
 ) -> dict[str, Scalar]:
-    """Train the checkpoint `base` on `conversations`; the summary. Raises InputError when none fits a row."""
+    """Train the checkpoint `base` on `conversations`, or on what a teacher says of them; the summary.
+
+    Raises InputError when none fits a row.
+    """
     tokenizer = load_tokenizer(base.path)
     model = load_config(base.path)
     rendered = [render(messages, tokenizer, tools=tools) for messages, tools in conversations]
@@ -91,8 +98,9 @@ def fine_tune(
     packed = ctx.scratch / "packed.npz"
     n_rows = write_packed(packed, examples, config.sequence_length, tokenizer.pad)
     steps = config.steps or max(1, round((config.epochs or 0) * n_rows / config.batch_size))
+    longest = config.sequence_length + (lesson.max_new_tokens if lesson and lesson.on_policy else 0)
     job = TrainJob(
-        model=model.replace(max_position=max(model.max_position, config.sequence_length)),
+        model=model.replace(max_position=max(model.max_position, longest)),
         optimization=config,
         data=PackedRows(str(packed), config.sequence_length),
         steps=steps,
@@ -101,6 +109,7 @@ def fine_tune(
         out=str(ctx.out),
         scratch=str(ctx.scratch / "resume"),
         tokenizer=str(base.path),
+        lesson=lesson,
     )
     result = launch(job, ctx)
     plot_losses(ctx.out / "loss.png", result)
@@ -112,4 +121,5 @@ def fine_tune(
         "learnt_tokens": sum(sum(mask) for _, mask in examples),
         "epochs": round(steps * config.batch_size / n_rows, 3),
         "loss_start": result.values("loss")[0][1],
+        **({"teacher_flops": sum(value for _, value in result.values("teacher_flops"))} if lesson else {}),
     }

@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from stages.evaluation.claims import Evaluation, Rise, judge_rise
+from stages.evaluation.claims import Claim, Evaluation, Rise, judge, judge_rise
 from stages.evaluation.intervals import bootstrap_mean, paired_difference
 from stages.evaluation.ngram import fit
 from stages.evaluation.pass_at_k import curve_ks, maj_at_k, pass_at_k
@@ -73,6 +73,16 @@ def evaluation(name, answers):
             "maj_at_k": maj_at_k(answers, "4".__eq__, ks),
         }
     return Evaluation(name, records, [], [], [])
+
+
+def test_a_comparisons_note_says_what_a_teacher_spent_of_the_cost():
+    records = {str(number): {"content": str(number), "pass_1": 0.5} for number in range(3)}
+    left, right = (
+        Evaluation(name, records, [], [], [], flops=2e12, teacher_flops=spent)
+        for name, spent in (("left", 5e11), ("right", 0.0))
+    )
+    verdict = judge(Claim(left="left", right="right"), {"left": left, "right": right})
+    assert verdict.note == "2e+12 (5e+11 of them a teacher's) against 2e+12 FLOPs"
 
 
 def test_a_rise_holds_where_the_majority_gained_what_any_sample_had_before():
