@@ -41,7 +41,7 @@ def bandit_pairs(name="bandit", best="3", chains=("so", "so")):
 
 
 @pytest.fixture(scope="module")
-def inputs(bandit_base, tmp_path_factory, ray_session):
+def inputs(bandit_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     write_preferences(folder, bandit_pairs())
     return {

@@ -22,7 +22,7 @@ def reply(chain, arm):
 
 
 @pytest.fixture(scope="module")
-def policy(bandit_base, ray_session):
+def policy(bandit_base):
     yield Artifact.local(bandit_base, "checkpoint")
     session.shutdown()
 
