@@ -1,6 +1,6 @@
 """What reinforcement learning and distillation gain in a recipe, over seeds; each claim is a part that runs by itself.
 
-    .venv/bin/python benchmarks/rl/seeds.py --parts gain language distil --seeds 0 1 2 3 4
+    .venv/bin/python benchmarks/rl/seeds.py --parts gain language process distil --seeds 0 1 2 3 4
 
 Every seed is the recipe's own graph with that seed in all that follows the base: one base, one problem set, one student
 base. Stages run in this process through the store of the working folder, so whatever is there is reused, and a killed
@@ -10,6 +10,7 @@ results/NAME_PART.json (rows a seed, means over seeds with 95 % t intervals) and
 gain      GRPO over its cold start: pass@1, and the rise of Maj@16 less that of Pass@16.
 language  GRPO with and without the language reward (summed with accuracy as it is, as R1 does), from a start that was
           taught chains of mixed language.
+process   GRPO with process supervision, by a model of the start's own steps, over GRPO with outcome supervision.
 distil    the distilled student over the same student by GRPO alone.
 """
 
@@ -44,7 +45,7 @@ from stages.report import read_evaluation
 from stages.rl.prompts import worked_turns
 
 RESULTS = Path(__file__).parent / "results"
-SEEDED = ("sft", "grpo", "sample", "distill")
+SEEDED = ("sft", "grpo", "sample", "distill", "label_steps", "train_process_reward_model")
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees
 Row = dict[str, Any]
 
@@ -62,6 +63,22 @@ MIXED = LINE.branch(
         Node(f"evaluate_{name}", "evaluate", {"checkpoint": name, "problems": "generate_problems"})
         for name in ("mixed_start", "plain_rl", "language_rl")
     ),
+)
+
+# The steps of the cold start's replies, labelled by its own completions, make the model that then rewards steps.
+PROCESS = LINE.branch(
+    "process",
+    "Process supervision beside outcome supervision",
+    Node("step_replies", "sample", {"checkpoint": "cold_start", "problems": "generate_problems"}),
+    Node("step_labels", "label_steps", {"checkpoint": "cold_start", "rollouts": "step_replies"}),
+    Node("step_model", "train_process_reward_model", {"checkpoint": "cold_start", "rollouts": "step_labels"}),
+    Node(
+        "process_rl",
+        "grpo",
+        {"checkpoint": "cold_start", "problems": "generate_problems", "process_reward_model": "step_model"},
+    ),
+    Node("evaluate_process_rl", "evaluate", {"checkpoint": "process_rl", "problems": "generate_problems"}),
+    LINE.node("evaluate_reasoning_rl"),
 )
 
 
@@ -114,6 +131,12 @@ def language(graph: Graph) -> Iterable[Row]:
     yield row("pass@1 with the language reward less without", cost)
 
 
+def process(graph: Graph) -> Iterable[Row]:
+    nodes = ("evaluate_process_rl", "evaluate_reasoning_rl")
+    verdict = graph.judge(Claim(left="process_rl", right="reasoning_rl"), *nodes)
+    yield row("process over outcome supervision, pass@1", verdict) | {"note": verdict.note}
+
+
 def distil(graph: Graph) -> Iterable[Row]:
     nodes = ("evaluate_distill_llama", "evaluate_rl_student_llama")
     verdict = graph.judge(Claim(left="distilled_llama", right="rl_only_llama"), *nodes)
@@ -123,6 +146,7 @@ def distil(graph: Graph) -> Iterable[Row]:
 PARTS: dict[str, tuple[Callable[[Graph], Iterable[Row]], Pipeline]] = {
     "gain": (gain, LINE),
     "language": (language, MIXED),
+    "process": (process, PROCESS),
     "distil": (distil, LINE),
 }
 
@@ -171,8 +195,8 @@ def halves(first: str, second: str) -> str:
     return "".join([*ours[: (len(ours) + 1) // 2], *theirs[(len(theirs) + 1) // 2 :]])
 
 
-def mixed_recipe(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with values for the nodes of MIXED; the conversations are written into `folder`."""
+def widened(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with values for the nodes of MIXED and PROCESS; mixed conversations are written into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "mixed_language.jsonl"
     lines = (json.dumps(one, ensure_ascii=False) + "\n" for one in mixed_conversations(recipe, 1000))
@@ -185,7 +209,13 @@ def mixed_recipe(recipe: Recipe, folder: Path) -> Recipe:
         f"evaluate_{name}": {**own["evaluate_reasoning_rl"], "name": name}
         for name in ("mixed_start", "plain_rl", "language_rl")
     }
+    reply = {"max_new_tokens": rl["max_new_tokens"]}
     more = {
+        "step_replies": {"problems": {"limit": 400}, "samples": 4, **reply},
+        "step_labels": {"max_replies": 800, **reply},
+        "step_model": {name: value for name, value in own["reward_model_1"].items() if name != "target"},
+        "process_rl": {**rl, "name": "process_rl", "supervision": "process"},
+        "evaluate_process_rl": {**own["evaluate_reasoning_rl"], "name": "process_rl"},
         "mixed": {"source": source},
         "mixed_start": own["cold_start"],
         "plain_rl": {**rl, "name": "plain_rl", "rewards": rewards},
@@ -240,7 +270,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = Settings.load()
     store = ArtifactStore(settings.store, settings.workspace)
-    recipe = mixed_recipe(load_recipe(arguments.recipe), store.work / "benchmarks")
+    recipe = widened(load_recipe(arguments.recipe), store.work / "benchmarks")
     base = dict(pair.split("=", 1) for pair in arguments.base)
     command = " ".join(["python", "benchmarks/rl/seeds.py", *sys.argv[1:]])
     for part in arguments.parts:

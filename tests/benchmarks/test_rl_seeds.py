@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.rl.seeds import MIXED, PARTS, halves, mixed_conversations, mixed_recipe, over_seeds, plot
+from benchmarks.rl.seeds import MIXED, PARTS, PROCESS, halves, mixed_conversations, over_seeds, plot, widened
 from flows.pipelines import LINE
 from flows.recipes import load_recipe
 from stages.rl.rewards import language_consistency, parse
@@ -16,9 +17,15 @@ HAN = re.compile("[一-鿿]")
 
 
 def test_the_graphs_of_all_parts_fit_the_recipe(tmp_path: Path) -> None:
-    recipe = mixed_recipe(load_recipe("tiny"), tmp_path)
-    assert {pipeline.name for _, pipeline in PARTS.values()} == {LINE.name, MIXED.name}
-    MIXED.check()
+    recipe = widened(load_recipe("tiny"), tmp_path)
+    assert {pipeline.name for _, pipeline in PARTS.values()} == {LINE.name, MIXED.name, PROCESS.name}
+    for pipeline in (MIXED, PROCESS):
+        pipeline.check()
+    steps: Any = recipe.resolve(PROCESS)
+    assert steps["process_rl"].supervision == "process"
+    differing = {"name", "supervision"}
+    outcome, process = (steps[name].model_dump(exclude=differing) for name in ("reasoning_rl", "process_rl"))
+    assert outcome == process
     configs = recipe.resolve(MIXED)
     assert configs["plain_rl"].rewards.language == 0  # type: ignore[attr-defined]
     assert configs["language_rl"].rewards.language == 1  # type: ignore[attr-defined]
