@@ -31,6 +31,7 @@ class _LinearLogProbs(torch.autograd.Function):
             logits_nV = F.linear(x_ND[part], weight_VD).float().div_(temperature)
             logsumexp_N[part] = logits_nV.logsumexp(-1)
             chosen_N[part] = logits_nV.gather(1, targets_N[part, None]).squeeze(1)
+            del logits_nV  # before the next chunk's are made
         ctx.save_for_backward(x_ND, weight_VD, targets_N, logsumexp_N)
         ctx.temperature = temperature
         return chosen_N - logsumexp_N
@@ -46,7 +47,8 @@ class _LinearLogProbs(torch.autograd.Function):
             grad_nV = logits_nV.sub_(logsumexp_N[part, None]).exp_().mul_(-scale_N1[part])
             grad_nV.scatter_add_(1, targets_N[part, None], scale_N1[part])
             gradients.add(part, grad_nV.to(x_ND.dtype))
-        return gradients.x_ND, gradients.weight_VD.to(weight_VD.dtype), None, None
+            del logits_nV, grad_nV
+        return gradients.x_ND, gradients.of_weight().to(weight_VD.dtype), None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -60,32 +62,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += loss_n.sum()
             if gradients is not None:
                 gradients.add(part, grad_nV)
+            del logits_nV, grad_nV  # before the next chunk's are made
         if gradients is not None:
-            ctx.save_for_backward(gradients.x_ND, gradients.weight_VD)
+            ctx.save_for_backward(gradients.x_ND, gradients.of_weight())
             ctx.dtype = weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grad_x_ND, grad_weight_VD = ctx.saved_tensors
-        return grad_x_ND * grad.to(grad_x_ND.dtype), torch.mul(grad_weight_VD, grad).to(ctx.dtype), None
+        # In place, for the weight's is as large as the weight: a second backward pass is refused by autograd.
+        grad_x_ND, grad_weight_VD = (saved.mul_(grad) for saved in ctx.saved_tensors)
+        return grad_x_ND, grad_weight_VD.to(ctx.dtype), None
 
 
 class _Gradients:
-    """Gradients of x and of the weight (fp32), gathered chunk by chunk from those of the logits."""
+    """Gradients of x and of the weight (in fp32 where chunks are several), gathered chunk by chunk from the logits'."""
 
     def __init__(self, x_ND: Tensor, weight_VD: Tensor) -> None:
         self._x_ND, self._weight_VD = x_ND, weight_VD
         self.x_ND = torch.empty_like(x_ND)
-        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        self._sum_VD: Tensor | None = None
 
     def add(self, part: slice, grad_nV: Tensor) -> None:
         torch.mm(grad_nV, self._weight_VD, out=self.x_ND[part])
         x_nD = self._x_ND[part]
+        if len(x_nD) == len(self._x_ND):
+            self._sum_VD = grad_nV.T @ x_nD
+            return
+        if self._sum_VD is None:
+            self._sum_VD = torch.zeros_like(self._weight_VD, dtype=torch.float32)
         if x_nD.dtype != torch.float32 and x_nD.is_cuda and not torch.compiler.is_compiling():  # it can't trace this
-            torch.addmm(self.weight_VD, grad_nV.T, x_nD, out_dtype=torch.float32, out=self.weight_VD)
+            torch.addmm(self._sum_VD, grad_nV.T, x_nD, out_dtype=torch.float32, out=self._sum_VD)
         else:
-            self.weight_VD += grad_nV.T @ x_nD
+            self._sum_VD += grad_nV.T @ x_nD
+
+    def of_weight(self) -> Tensor:
+        return torch.zeros_like(self._weight_VD) if self._sum_VD is None else self._sum_VD
 
 
 def _chunks(x_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Iterator[slice]:

@@ -67,7 +67,9 @@ class GroupedQueryAttention(nn.Module):
         """Keep T new tokens a row, then let each see the slots that the step's mask leaves it."""
         q, k, v = self._project(x_BTD, step.rope)
         cache.write(step.index_N, torch.cat([k, v], dim=1).transpose(1, 2).flatten(0, 1).flatten(1))
-        cached_BSXd = cache.read(step.mask_BTS.shape[-1]).unflatten(-1, (2 * self.n_kv_heads, self.head_dim))
+        cached_BSXd = cache.read(len(x_BTD), step.mask_BTS.shape[-1]).unflatten(
+            -1, (2 * self.n_kv_heads, self.head_dim)
+        )
         k_BKSd, v_BKSd = cached_BSXd.transpose(1, 2).chunk(2, dim=1)
         # The T·G queries of one key/value head stand where a sequence would: no key is repeated.
         groups = self.n_heads // self.n_kv_heads
@@ -141,7 +143,7 @@ class LatentAttention(nn.Module):
         q_NHL = torch.cat([q_HNC.transpose(0, 1), q_NHr], dim=-1)
         # Tokens stand where heads would and heads where a sequence would: all of them read one cache. Keys and values
         # are both the cache itself (a fused kernel wants equal widths): the sum's rotary part is computed and dropped.
-        cached_BTSL = cache.read(step.mask_BTS.shape[-1])[:, None].expand(-1, length, -1, -1)
+        cached_BTSL = cache.read(batch, step.mask_BTS.shape[-1])[:, None].expand(-1, length, -1, -1)
         y_BTHL = F.scaled_dot_product_attention(
             q_NHL.view(batch, length, self.n_heads, -1),
             cached_BTSL,

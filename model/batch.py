@@ -4,6 +4,10 @@ Prompts are padded on the right: a row's token at position i lies in slot i of e
 alone keeps padding unseen while the prompts run, and rows of any lengths can be decoded side by side. When enough rows
 have finished to be worth a copy, or when others want to join, the caches are copied without them.
 
+On CUDA a step of many small kernels would wait for Python, so decoding is a recorded graph there: the caches never
+move, a step sees slots in multiples of SLOTS and rows in powers of two (past the last row it computes what nobody
+reads), and tokens are looked at every LOOK of them.
+
 The last token of a row is always the one whose states are not in the caches yet. Letters: B rows in the batch, J rows
 that join, U different prompts among them, T tokens a row, S slots, D model width, V vocabulary, M drafted tokens (0
 without speculation).
@@ -19,12 +23,14 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache, Slots
+from model.graphs import Replayed
 from model.rope import rotation
 from model.sampling import Sampler
 from model.speculate import Drafter
 from model.transformer import Block, Transformer
 
 COMPACT_AT = 0.125  # share of finished rows at which a copy of the caches is cheaper than carrying them
+SLOTS, LOOK = 64, 8  # of recorded steps
 
 CacheDtype = Literal["float8"]
 
@@ -59,17 +65,21 @@ class Row:
     def length(self) -> int:
         return len(self.request.prompt) + len(self.tokens)
 
-    def take(self, tokens: Sequence[int], logprobs: Sequence[float], accepted: int = 0) -> None:
-        """Append the first accepted + 1 tokens, up to a stop token or the longest. `tokens` behind them failed."""
+    def take(self, tokens: Sequence[int], logprobs: Sequence[float]) -> int:
+        """Append tokens up to a stop token or the longest; returns how many."""
         before = len(self.tokens)
-        for token, logprob in zip(tokens[: accepted + 1], logprobs, strict=False):
+        for token, logprob in zip(tokens, logprobs, strict=True):
             if self.done:
                 break
             self.tokens.append(token)
             self.logprobs.append(logprob)
             self.finished = token in self.request.stop_ids
             self.done = self.finished or len(self.tokens) == self.request.max_new_tokens
-        used = len(self.tokens) - before
+        return len(self.tokens) - before
+
+    def take_verified(self, tokens: Sequence[int], logprobs: Sequence[float], accepted: int) -> None:
+        """`take` the first accepted + 1 tokens; those behind them failed."""
+        used = self.take(tokens[: accepted + 1], logprobs[: accepted + 1])
         self.drafted += min(used, len(tokens) - 1)
         self.accepted += min(used, accepted)
 
@@ -90,6 +100,9 @@ class Batch:
         self._drafter = Drafter(model, cache_dtype == "float8") if speculate else None
         self._device = model.embedding.weight.device
         self._dtype = model.embedding.weight.dtype
+        self._recorded = recorded(self._device) and not speculate
+        self._replayed: Replayed | None = None
+        self._room = 0, 0  # rows and slots
         self._cached_B, self._place_B, self._last_B = torch.zeros(3, 0, dtype=torch.int64, device=self._device)
 
     @property
@@ -117,7 +130,7 @@ class Batch:
         lengths_J = lengths_U[source_J]
         sampler = _sampler(joining, self._device)
         tokens_J, logprobs_J = sampler.choose(logits_JV, torch.zeros_like(lengths_J))
-        new = slice(-len(joining), None)
+        new = slice(len(self.rows) - len(joining), len(self.rows))
         self._cached_B[new], self._place_B[new], self._last_B[new] = lengths_J, 1, tokens_J
         for row, token, logprob in zip(joining, tokens_J.tolist(), logprobs_J.tolist(), strict=True):
             row.take([token], [logprob])
@@ -128,44 +141,69 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """Decode once; returns the rows that got tokens, some of which are done now."""
+        """Decode a token or a few; returns the rows that got tokens, some of which are done now."""
         going = [row for row in self.rows if not row.done]
         assert going, "nothing to decode: admit a request first"
-        if len(going) <= (1 - COMPACT_AT) * len(self.rows):
+        if self._width(len(going)) <= (1 - COMPACT_AT) * len(self._last_B):
             self._reform([])
-        seen = max(row.length for row in going) + self.n_drafts
-        n_new_B = self._step_speculating(self._drafter, seen) if self._drafter else self._step_plainly(seen)
-        self._place_B = self._place_B + n_new_B
-        # Rows that are done run along until they are taken out: not past their slots.
-        self._cached_B = (self._cached_B + n_new_B).clamp_max(self._slots.count - 1 - self.n_drafts)
+        longest = max(row.length for row in going)
+        if self._drafter:
+            self._step_speculating(self._drafter, longest + self.n_drafts)
+        else:
+            self._step_plainly(longest)
         return going
 
-    def _step_plainly(self, seen: int) -> Tensor:
-        states_BTD = self._decode(self._last_B[:, None], seen)
-        self._last_B, logprobs_B = self._sampler.choose(self.model.logits(states_BTD[:, 0]), self._place_B)
-        for row, token, logprob in zip(self.rows, self._last_B.tolist(), logprobs_B.tolist(), strict=True):
-            row.take([token], [logprob])
-        return torch.ones_like(self._last_B)
+    def _step_plainly(self, longest: int) -> None:
+        n_rows, tokens, logprobs = len(self.rows), [], []
+        for number in range(LOOK if self._recorded else 1):
+            states_BTD = self._decode(self._last_B[:, None], self._seen(longest + number))
+            logits_NV = self.model.logits(states_BTD[:n_rows, 0])
+            tokens_N, logprobs_N = self._sampler.choose(logits_NV, self._place_B[:n_rows])
+            self._last_B[:n_rows] = tokens_N
+            self._advance(1)
+            tokens.append(tokens_N)
+            logprobs.append(logprobs_N)
+        found = zip(torch.stack(tokens, dim=1).tolist(), torch.stack(logprobs, dim=1).tolist(), strict=True)
+        for row, taken in zip(self.rows, found, strict=True):
+            row.take(*taken)
 
-    def _step_speculating(self, drafter: Drafter, seen: int) -> Tensor:
+    def _step_speculating(self, drafter: Drafter, seen: int) -> None:
         drafts_BM, guesses_BMV = drafter.propose(self._sampler, self._cached_B, self._place_B, self._slots, seen)
         states_BTD = self._decode(torch.cat([self._last_B[:, None], drafts_BM], dim=1), seen)
         verified = self._sampler.verify(self.model.logits(states_BTD), drafts_BM, guesses_BMV, self._place_B)
         for row, *found in zip(self.rows, *(x.tolist() for x in verified), strict=True):
-            row.take(*found)
+            row.take_verified(*found)
         tokens_BT, _, accepted_B = verified
         drafter.follow(states_BTD, tokens_BT, accepted_B)
         self._last_B = tokens_BT.gather(1, accepted_B[:, None])[:, 0]
-        return accepted_B + 1
+        self._advance(accepted_B + 1)
+
+    def _advance(self, n_new: Tensor | int) -> None:
+        self._place_B = self._place_B + n_new
+        # Rows that are done run along until they are taken out: not past their slots.
+        self._cached_B = (self._cached_B + n_new).clamp_max(self._slots.count - 1 - self.n_drafts)
 
     def _decode(self, tokens_BT: Tensor, seen: int) -> Tensor:
         """Run T tokens of each row, the first behind what is cached; returns states [B, T, D] behind the final norm."""
+        if self._replayed:
+            return self._replayed(tokens_BT, self._cached_B, seen=seen)[0]
+        return self._states(tokens_BT, self._cached_B, seen)[0]
+
+    def _states(self, tokens_BT: Tensor, cached_B: Tensor, seen: int) -> list[Tensor]:
         x_BTD = self.model.embedding(tokens_BT)
         places_T = torch.arange(tokens_BT.shape[1], device=self._device)
-        step = self._slots.step(self._cached_B[:, None] + places_T, seen)
+        step = self._slots.step(cached_B[:, None] + places_T, seen)
         for block, cache in zip(self._blocks, self._caches, strict=True):
             x_BTD = block.decode(x_BTD, tokens_BT, step, cache)
-        return self.model.norm(x_BTD)
+        return [self.model.norm(x_BTD)]
+
+    def _width(self, rows: int) -> int:
+        """How many rows a step computes."""
+        return 1 << max(rows - 1, 0).bit_length() if self._recorded else rows
+
+    def _seen(self, slots: int) -> int:
+        """How many slots a step reads."""
+        return min(-(-slots // SLOTS) * SLOTS, self._slots.count) if self._recorded else slots
 
     def _reform(self, joining: list[Row]) -> None:
         """Take out the rows that are done and make room for those that join."""
@@ -173,19 +211,34 @@ class Batch:
         kept_K = torch.tensor(kept, dtype=torch.int64, device=self._device)
         filled = max((self.rows[number].length - 1 for number in kept), default=0)
         self.rows = [*(self.rows[number] for number in kept), *joining]
-        n_slots = max(len(row.request.prompt) + row.request.max_new_tokens for row in self.rows) + self.n_drafts
-        self._slots = Slots(
-            n_slots, rotation(self.model.config, torch.arange(n_slots, device=self._device), self._dtype)
-        )
+        width = self._width(len(self.rows))
+        self._make_room(width)
         for cache in [*self._caches, *(self._drafter.caches if self._drafter else ())]:
-            cache.resize(kept_K, len(self.rows), n_slots, filled, self._dtype)
+            cache.resize(kept_K, len(self.rows), self._room, filled, self._dtype)
         if self._drafter:
             self._drafter.keep(kept_K)
-        new_J = torch.zeros(len(joining), dtype=torch.int64, device=self._device)
+        new_J = torch.zeros(width - len(kept), dtype=torch.int64, device=self._device)
         self._cached_B, self._place_B, self._last_B = (
             torch.cat([state_B[kept_K], new_J]) for state_B in (self._cached_B, self._place_B, self._last_B)
         )
         self._sampler = _sampler(self.rows, self._device)
+
+    def _make_room(self, width: int) -> None:
+        """Rows and slots for all that are in the batch; where steps are recorded, never less than there was."""
+        n_slots = max(len(row.request.prompt) + row.request.max_new_tokens for row in self.rows) + self.n_drafts
+        room = (max(width, self._room[0]), max(n_slots, self._room[1])) if self._recorded else (width, n_slots)
+        if room == self._room:
+            return
+        self._room = room
+        self._slots = Slots(
+            room[1], rotation(self.model.config, torch.arange(room[1], device=self._device), self._dtype)
+        )
+        self._replayed = Replayed(self._states, shared=True) if self._recorded else None
+
+
+def recorded(device: torch.device) -> bool:
+    """Whether decoding steps are recorded there and replayed."""
+    return device.type == "cuda"
 
 
 def _sampler(rows: Sequence[Row], device: torch.device) -> Sampler:

@@ -55,35 +55,41 @@ class Cache:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self._parts: list[Tensor] = []  # each [B, S, ...]
+        self._rows = 0
+        self._parts: list[Tensor] = []  # each [B, S, ...], of which the first `_rows` rows are taken
 
-    def resize(self, kept_K: Tensor, rows: int, slots: int, filled: int, dtype: torch.dtype) -> None:
-        """Make room for `rows` rows of `slots`; the rows `kept_K` come first, with their first `filled` slots."""
-        parts = self._allocate(rows, slots, dtype, kept_K.device)
+    def resize(self, kept_K: Tensor, rows: int, room: tuple[int, int], filled: int, dtype: torch.dtype) -> None:
+        """Have `room` for (rows, slots), of which `rows` are taken: `kept_K` first, with their first `filled` slots.
+
+        Where the room is what it was, everything stays in the same memory.
+        """
+        same = bool(self._parts) and self._parts[0].shape[:2] == room
+        parts = self._parts if same else self._allocate(*room, dtype, kept_K.device)
         for old, new in zip(self._parts, parts, strict=False):
             new[: len(kept_K), :filled] = old[:, :filled].index_select(0, kept_K)
-        self._parts = parts
+        self._parts, self._rows = parts, rows
 
     def fill(self, x_BTW: Tensor) -> None:
-        """Write the first T slots of the last B rows."""
+        """Write the first T slots of the last B rows that are taken."""
         rows, length = x_BTW.shape[:2]
         for part, values in zip(self._parts, self._encode(x_BTW), strict=True):
-            part[-rows:, :length] = values
+            part[self._rows - rows : self._rows, :length] = values
 
     def spread(self, source_J: Tensor, rows: int, length: int) -> None:
         """Copy the first slots of the last `rows` rows, just filled, to the last J: row j gets those of source_J[j]."""
         if rows == len(source_J):  # each has its own
             return
+        end = self._rows
         for part in self._parts:
-            part[-len(source_J) :, :length] = part[-rows:, :length][source_J]
+            part[end - len(source_J) : end, :length] = part[end - rows : end, :length][source_J]
 
     def write(self, index_N: Tensor, x_NW: Tensor) -> None:
         for part, values in zip(self._parts, self._encode(x_NW), strict=True):
             part.flatten(0, 1).index_copy_(0, index_N, values)
 
-    def read(self, slots: int) -> Tensor:
-        """The first slots of every row, [B, slots, W]."""
-        return self._parts[0][:, :slots]
+    def read(self, rows: int, slots: int) -> Tensor:
+        """The first slots of the first rows, [rows, slots, W]."""
+        return self._parts[0][:rows, :slots]
 
     @property
     def nbytes(self) -> int:
@@ -104,8 +110,8 @@ class Float8Cache(Cache):
         super().__init__(width)
         self.latent = latent
 
-    def read(self, slots: int) -> Tensor:
-        bits_BSC, scale_BS1, rest_BSR = (part[:, :slots] for part in self._parts)
+    def read(self, rows: int, slots: int) -> Tensor:
+        bits_BSC, scale_BS1, rest_BSR = (part[:rows, :slots] for part in self._parts)
         latent_BSC = bits_BSC.view(FLOAT8).float() * scale_BS1  # rounded once, at the end
         return torch.cat([latent_BSC.to(rest_BSR.dtype), rest_BSR], dim=-1)
 

@@ -90,6 +90,9 @@ class GrpoConfig(Config):
     reference_renew_every: int = Field(400, ge=0, title="Renew reference every", description="Steps; 0: never")
 
     engine: EngineName = Field("native", title="Engine")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", title="Precision", description="Of activations and products; bf16 weights keep fp32 masters"
+    )
     micro_batch_tokens: int = Field(8192, ge=1, title="Tokens a micro-batch", description="Padded; bounds the memory")
     save_every: int = Field(10, ge=1, title="Save every", description="Steps between resume points")
     keep_rollouts_every: int = Field(10, ge=0, title="Keep rollouts every", description="Steps, and the last; 0: none")

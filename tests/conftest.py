@@ -89,7 +89,9 @@ def run_ranks(start) -> Callable[..., None]:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [start(program, shared | {"RANK": str(rank), "LOCAL_RANK": "0"}, **names) for rank in range(world)]
+        ranks = [
+            start(program, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, **names) for rank in range(world)
+        ]
         for process in ranks:
             process.join(timeout=120)
         assert [process.exitcode for process in ranks] == [0] * world

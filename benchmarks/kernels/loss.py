@@ -31,11 +31,11 @@ def of_shape(n: int, d: int, v: int) -> Iterator[dict[str, Any]]:
         "torch": lambda: F.cross_entropy(F.linear(x, weight), targets, reduction="sum"),
         **liger(x, weight, targets),
     }
-    torch.testing.assert_close(losses["ours"](), losses["torch"]().float(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(losses["ours"](), losses["torch"]().float(), rtol=2**-8, atol=0)  # its sum is bf16
     passes = {name: gradients(call, x, weight) for name, call in losses.items()}
     case = Case(f"loss linear cross-entropy {n}x{d}x{v}", "TFLOP/s", 6.0 * n * d * v)
     for name, call in passes.items():
-        case.add(name, call)
+        case.add(name, call, waits=name == "liger")  # it counts the targets on the host
     case.add("bf16", products(x.detach(), weight.detach()))
     yield case.run()
     extra = {name: extra_gib(call) for name, call in passes.items()}

@@ -1,7 +1,8 @@
 """How kernels are timed: all candidates of a case in the same rounds, so that a warming or throttling chip hits all.
 
 Each call is a replay of a CUDA graph, timed by its own pair of events behind a write of 192 MB that leaves nothing of
-the operands in L2: the host's part is not in it, for us or for a peer. A figure is the median over the rounds of the
+the operands in L2: the host's part is not in it, for us or for a peer (but for one that waits for the device, which no
+graph can hold). A figure is the median over the rounds of the
 median of their calls. Every output is checked first, on memory full of NaN.
 """
 
@@ -23,12 +24,13 @@ ROUNDS, ROUND_MS, FEWEST, MOST = 5, 30.0, 6, 30
 @dataclass(frozen=True)
 class Candidate:
     """`call` writes or returns the output; `into` is what it writes, poisoned before the check (None: it allocates).
-    `adds` says that it adds to `into`, which then starts from zeros."""
+    `adds` says that it adds to `into`, which then starts from zeros; `waits`, that it waits for the device."""
 
     name: str
     call: Callable[[], Any]
     into: Tensor | None = None
     adds: bool = False
+    waits: bool = False
 
 
 @dataclass
@@ -45,17 +47,17 @@ class Case:
     moved: float | None = None
     candidates: list[Candidate] = field(default_factory=list)
 
-    def add(self, name: str, call: Callable[[], Any], into: Tensor | None = None, adds: bool = False) -> None:
-        self.candidates.append(Candidate(name, call, into, adds))
+    def add(self, name: str, call: Callable[[], Any], into: Tensor | None = None, **how: bool) -> None:
+        self.candidates.append(Candidate(name, call, into, **how))
 
     def run(self) -> dict[str, Any]:
         """The row of results: what each reached, ours over each anchor, and the errors."""
         errors = {candidate.name: self.error(candidate) for candidate in self.candidates}
-        graphs = {candidate.name: captured(candidate.call) for candidate in self.candidates}
-        times: dict[str, list[float]] = {name: [] for name in graphs}
+        calls = {each.name: each.call if each.waits else captured(each.call).replay for each in self.candidates}
+        times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS):
-            for name, graph in graphs.items():
-                times[name].append(median_ms(graph.replay))
+            for name, call in calls.items():
+                times[name].append(median_ms(call))
         unit = 1e9 if self.metric == "TFLOP/s" else 1e6
         ms = {name: statistics.median(taken) for name, taken in times.items()}
         speeds = {name: self.work / taken / unit for name, taken in ms.items()}

@@ -22,7 +22,7 @@ from typing import Any
 
 import stages
 from benchmarks import record
-from flows.pipelines import LINE
+from flows.pipelines import LINE, Node
 from flows.recipes import load_recipe
 from infra import stage as running
 from infra.artifact import Artifact
@@ -36,7 +36,7 @@ SAID_EVERY = 5.0  # seconds
 POINTS = 200  # of the loss curve that is kept
 
 
-def make(node: str, config: Config, store: ArtifactStore, settings: Settings) -> Artifact:
+def make(node: Node, config: Config, store: ArtifactStore, settings: Settings) -> Artifact:
     """The node's artifact, made or reused, and tagged as a pipeline tags it."""
     said = 0.0
 
@@ -44,13 +44,12 @@ def make(node: str, config: Config, store: ArtifactStore, settings: Settings) ->
         nonlocal said
         if time.monotonic() - said > SAID_EVERY:
             said = time.monotonic()
-            print(f"{node}: {progress}", flush=True)
+            print(f"{node.name}: {progress}", flush=True)
 
-    roles = {role: f"{source}@latest" for role, source in LINE.node(node).roles.items()}
-    stage = stages.load(LINE.node(node).stage)
-    result = running.run(stage, config, roles, store, settings, on_progress=say)
-    store.tag(f"{node}@latest", result.artifact.id)
-    print(f"{node}: {'reused' if result.reused else 'made'} {result.artifact.id}", flush=True)
+    roles = {role: f"{source}@latest" for role, source in node.roles.items()}
+    result = running.run(stages.load(node.stage), config, roles, store, settings, on_progress=say)
+    store.tag(f"{node.name}@latest", result.artifact.id)
+    print(f"{node.name}: {'reused' if result.reused else 'made'} {result.artifact.id}", flush=True)
     return result.artifact
 
 
@@ -92,7 +91,7 @@ def main() -> None:
     configs = load_recipe(arguments.recipe).resolve(LINE, arguments.set)
     made = {}
     for node in NODES[: NODES.index(arguments.until) + 1]:
-        made[node] = make(node, configs[node], store, settings)
+        made[node] = make(LINE.node(node), configs[node], store, settings)
 
     name = f"{arguments.recipe}_base"
     arguments.out.mkdir(parents=True, exist_ok=True)

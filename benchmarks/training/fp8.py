@@ -124,7 +124,9 @@ def main() -> None:
         for precision in arguments.precisions:
             kept = folder / f"fp8_run_{precision}_{seed}.json"
             if not kept.is_file():
-                kept.write_text(json.dumps(run(precision, seed, arguments.tokens, arguments.steps)))
+                made = {"commit": arguments.commit or provenance.git_state()[0]}
+                made |= run(precision, seed, arguments.tokens, arguments.steps)
+                kept.write_text(json.dumps(made))
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("fp8_run_*.json"))]
     by = {(found["precision"], found["seed"]): found for found in runs}
     rows = []
@@ -135,15 +137,15 @@ def main() -> None:
             )
             ratio = exact["final_loss"] / found["final_loss"]
             rows.append({"case": case, "metric": "1 / final loss, of bf16's", "ours": ratio, "anchors": {"bf16": 1.0}})
-            speeds = found["tokens_per_second"], exact["tokens_per_second"]
-            rows.append({"case": case, "metric": "tokens/s", "ours": speeds[0], "anchors": {"bf16": speeds[1]}})
+            if precision == "fp8":
+                speeds = found["tokens_per_second"], exact["tokens_per_second"]
+                rows.append({"case": case, "metric": "tokens/s", "ours": speeds[0], "anchors": {"bf16": speeds[1]}})
     if rows:
         plot(runs, arguments.out / "fp8_loss.png")
         command = f"python benchmarks/training/fp8.py --tokens FOLDER --steps {arguments.steps}"
         command += " --seeds " + " ".join(map(str, arguments.seeds))
         about = {name: runs[-1][name] for name in ("device", "versions")}
-        kept = [{name: v for name, v in found.items() if name not in about} for found in runs]
-        record.write(arguments.out / "fp8_loss.json", command, rows, arguments.commit, **about, runs=kept)
+        record.write(arguments.out / "fp8_loss.json", command, rows, arguments.commit, **about, runs=runs)
         for row in rows:
             print(row)
 

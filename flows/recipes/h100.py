@@ -27,12 +27,19 @@ STUDENT_BASE = {
     **GPU,
 }
 LADDER = {"family": "llama", "d_model": 512, "n_layers": 8, "n_heads": 16, "d_ff": 1408, "init_std": 0.02}
+TUNE = {
+    **{"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    # Ten times that takes half of its skill from the base (benchmarks/LOG.md, 2026-11-26).
+    "learning_rate": {"schedule": "cosine", "peak": 1e-4, "warmup_steps": 5},
+}
 RL = {
     "groups_per_step": 64,
     "group_size": 16,
     "rollout_groups": 64,
     "learning_rate": 5e-5,
     "micro_batch_tokens": 65536,
+    "precision": "bf16",
+    "importance_cap": 2.0,  # decoding and learning round otherwise
     **ROLLOUT,
 }
 
@@ -100,20 +107,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **GPU,
     },
     "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ROLLOUT},
-    "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 150, **RL},
+    "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 90, **RL},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ROLLOUT},
-    "cold_start": {"problems": {"limit": 8000}, "epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "cold_start": {"problems": {"limit": 8000}, **TUNE},
     "evaluate_cold_start": {"name": "cold_start", "samples": 16, **ROLLOUT},
     "reasoning_rl": {
         "name": "reasoning_rl",
-        "steps": 300,
+        "steps": 90,
         "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1},
         **RL,
     },
     "evaluate_reasoning_rl": {"name": "reasoning_rl", "samples": 16, **ROLLOUT},
     "sample": {"problems": {"limit": 20_000}, "samples": 8, "chunk": 32, **ROLLOUT},
     "rejection_sample": {"keep_per_problem": 2},
-    "sft": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "sft": TUNE,
     "final_rl": {
         "name": "final_rl",
         "steps": 150,
@@ -125,8 +132,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "teacher_samples": {"keep_per_problem": 2},
     "student_base_llama": {"model": {"family": "llama", **STUDENT}, **STUDENT_BASE},
     "student_base_qwen": {"model": {"family": "qwen2", **STUDENT}, **STUDENT_BASE},
-    "distill_llama": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
-    "distill_qwen": {"epochs": 2.0, "batch_size": 32, "sequence_length": 1024, **GPU},
+    "distill_llama": TUNE,
+    "distill_qwen": TUNE,
     "rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "steps": 150, **RL},
     "evaluate_distill_llama": {"name": "distilled_llama", "samples": 16, **ROLLOUT},
     "evaluate_distill_qwen": {"name": "distilled_qwen", "samples": 16, **ROLLOUT},

@@ -5,9 +5,10 @@ Legend: B replies of R tokens (right-padded).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,9 +32,16 @@ if TYPE_CHECKING:
 class Trained:
     """A model with its optimiser and the bucket of its gradients."""
 
-    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float, n_statistics: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        weight_decay: float,
+        n_statistics: int = 0,
+        split: Iterable[Tensor] = (),
+    ) -> None:
         self.model, self.learning_rate = model, learning_rate
-        self.optimizer = build_optimizer(model, learning_rate, weight_decay)
+        self.optimizer = build_optimizer(model, learning_rate, weight_decay, split=split)
         self.bucket = GradientBucket([p for p in model.parameters() if p.requires_grad], n_statistics)
 
     def state(self) -> dict[str, Any]:
@@ -74,24 +82,40 @@ class Update:
         self,
         config: GrpoConfig,
         policy: Transformer,
-        reference: Transformer | None,
         critic: ValueModel | None,
         pad: int,
         ranks: Ranks,
     ) -> None:
-        self.config, self.reference, self.pad, self.ranks = config, reference, pad, ranks
-        self.policy = Trained(policy, config.learning_rate, config.weight_decay, n_statistics=2)
-        self.critic = Trained(critic, config.critic.learning_rate, config.weight_decay) if critic else None
+        self.config, self.pad, self.ranks = config, pad, ranks
+        decay = config.weight_decay
+
+        def split(trunk: Transformer) -> Iterable[Tensor]:
+            return trunk.low_precision_weights() if config.precision == "bf16" else ()
+
+        self.policy = Trained(policy, config.learning_rate, decay, n_statistics=2, split=split(policy))
+        self.critic = Trained(critic, config.critic.learning_rate, decay, split=split(critic.trunk)) if critic else None
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coefficient else None
         # With a critic the divergence from the reference is paid for in the rewards (DeepSeekMath, equation 2).
         self.objective = dataclasses.replace(config.objective, kl_coefficient=0.0) if critic else config.objective
 
     def state(self) -> dict[str, Any]:
-        return {"policy": self.policy.state(), "critic": self.critic.state() if self.critic else None}
+        return {
+            "policy": self.policy.state(),
+            "critic": self.critic.state() if self.critic else None,
+            "reference": self.reference.state_dict() if self.reference else None,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.policy.load(state["policy"])
         if self.critic:
             self.critic.load(state["critic"])
+        if self.reference:
+            self.reference.load_state_dict(state["reference"])
+
+    def renew_reference(self) -> None:
+        """From now on the reference is the policy as it is."""
+        if self.reference:
+            self.reference.load_state_dict(self.policy.model.state_dict())
 
     def learn(self, number: int, batch: Sequence[Credited], replies: float, tokens: float, tally: Tally) -> None:
         """Learn from this rank's `batch` in step `number`; `replies` and `tokens` are those of all ranks that count."""
@@ -123,15 +147,17 @@ class Update:
                     normaliser,
                 )
                 loss.backward()
+                self.policy.bucket.collect()
                 tally.add(loss=loss.item(), kl=metrics.kl, clipped=metrics.clipped, loss_tokens=metrics.tokens)
                 tally.peak(max_ratio=metrics.max_ratio)
-                if values_BR is not None:
+                if self.critic and values_BR is not None:
                     assert look.old_values_BR is not None
                     assert look.returns_BR is not None
                     error = value_loss(
                         values_BR, look.old_values_BR, look.returns_BR, micro.mask_BR, config.critic.clip, tokens
                     )
                     error.backward()
+                    self.critic.bucket.collect()
                     tally.add(value_loss=error.item())
             self.policy.bucket.reduce(self.ranks)
             if update == 0:

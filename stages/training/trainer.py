@@ -26,6 +26,7 @@ from infra.errors import ConfigError, FathomError
 from infra.metrics import Report
 from model.checkpointing import Recompute
 from model.float8 import refresh, use_float8
+from model.graphs import Replayed
 from model.optimizer import build_optimizer
 from model.router import update_routing_bias
 from model.transformer import Transformer
@@ -34,7 +35,6 @@ from stages.training.checkpoint import load_weights, save_model
 from stages.training.data import Batch
 from stages.training.distributed import GradientBucket, Ranks, clip_factor, process_group
 from stages.training.ema import WeightAverage
-from stages.training.graphs import Replayed
 from stages.training.health import RoutingHealth, bias_drift, max_violation
 from stages.training.job import Progress, TrainJob, TrainResult
 from stages.training.losses import cross_entropy_sum, target_mask, total_loss

@@ -128,8 +128,9 @@ def test_log_probs_equal_a_whole_softmax_over_several_chunks(dtype, temperature,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_equals_the_sum_of_a_whole_softmax(dtype, monkeypatch):
-    monkeypatch.setitem(log_probs.CHUNK_BYTES, "cpu", 4 * 500 * 32)
+@pytest.mark.parametrize("chunk", [32, 100])
+def test_cross_entropy_equals_the_sum_of_a_whole_softmax(dtype, chunk, monkeypatch):
+    monkeypatch.setitem(log_probs.CHUNK_BYTES, "cpu", 4 * 500 * chunk)
     x, weight = torch.randn(100, 24).to(dtype), torch.randn(500, 24) * 0.3
     targets = torch.randint(500, (100,))
     check(
@@ -139,6 +140,14 @@ def test_cross_entropy_equals_the_sum_of_a_whole_softmax(dtype, monkeypatch):
         weight,
         dtype=dtype,
     )
+
+
+def test_gradients_that_cross_entropy_has_given_away_are_not_given_twice():
+    x, weight = torch.randn(10, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    loss = kernels.linear_cross_entropy(x, weight, torch.arange(10) % 8)
+    loss.backward(torch.tensor(0.5), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(torch.tensor(0.5))
 
 
 RULES = [

@@ -14,7 +14,7 @@ LATENT, ROPE = 24, 8
 
 
 def filled(cache: Cache, x_BTW: torch.Tensor) -> Cache:
-    cache.resize(torch.empty(0, dtype=torch.int64), x_BTW.shape[0], x_BTW.shape[1] + 3, 0, x_BTW.dtype)
+    cache.resize(torch.empty(0, dtype=torch.int64), len(x_BTW), (len(x_BTW), x_BTW.shape[1] + 3), 0, x_BTW.dtype)
     cache.fill(x_BTW)
     return cache
 
@@ -23,7 +23,7 @@ def filled(cache: Cache, x_BTW: torch.Tensor) -> Cache:
 def test_a_quantised_latent_is_within_half_a_step_of_float8_and_the_rest_is_exact(dtype):
     torch.manual_seed(0)
     x_BTW = (torch.randn(4, 6, LATENT + ROPE) * torch.logspace(-3, 3, 6)[:, None]).to(dtype)
-    read_BTW = filled(Float8Cache(LATENT + ROPE, LATENT), x_BTW).read(6)
+    read_BTW = filled(Float8Cache(LATENT + ROPE, LATENT), x_BTW).read(4, 6)
     assert read_BTW.dtype == dtype
     assert torch.equal(read_BTW[..., LATENT:], x_BTW[..., LATENT:])
     latent, back = x_BTW[..., :LATENT].float(), read_BTW[..., :LATENT].float()
@@ -37,7 +37,7 @@ def test_a_quantised_latent_is_within_half_a_step_of_float8_and_the_rest_is_exac
 
 def test_a_latent_of_zeros_comes_back_as_zeros():
     x_BTW = torch.zeros(1, 2, LATENT + ROPE)
-    assert torch.equal(filled(Float8Cache(LATENT + ROPE, LATENT), x_BTW).read(2), x_BTW)
+    assert torch.equal(filled(Float8Cache(LATENT + ROPE, LATENT), x_BTW).read(1, 2), x_BTW)
 
 
 @pytest.mark.parametrize("make", [lambda: Cache(LATENT + ROPE), lambda: Float8Cache(LATENT + ROPE, LATENT)])
@@ -45,14 +45,14 @@ def test_rows_keep_their_slots_when_others_leave_and_join(make):
     torch.manual_seed(0)
     x_BTW = torch.randn(4, 5, LATENT + ROPE)
     cache = filled(make(), x_BTW)
-    before_BTW = cache.read(5).clone()
-    cache.resize(torch.tensor([3, 1]), 5, 11, 5, x_BTW.dtype)
-    assert torch.equal(cache.read(5)[:2], before_BTW[[3, 1]])
+    before_BTW = cache.read(4, 5).clone()
+    cache.resize(torch.tensor([3, 1]), 5, (5, 11), 5, x_BTW.dtype)
+    assert torch.equal(cache.read(5, 5)[:2], before_BTW[[3, 1]])
     cache.fill(x_BTW[:3])
-    assert torch.equal(cache.read(5)[2:], before_BTW[:3])
+    assert torch.equal(cache.read(5, 5)[2:], before_BTW[:3])
     cache.write(torch.tensor([0 * 11 + 5, 1 * 11 + 6]), x_BTW[0, :2])
-    assert torch.equal(cache.read(11)[0, 5], before_BTW[0, 0])
-    assert torch.equal(cache.read(11)[1, 6], before_BTW[0, 1])
+    assert torch.equal(cache.read(5, 11)[0, 5], before_BTW[0, 0])
+    assert torch.equal(cache.read(5, 11)[1, 6], before_BTW[0, 1])
 
 
 @pytest.mark.parametrize("make", [lambda: Cache(LATENT + ROPE), lambda: Float8Cache(LATENT + ROPE, LATENT)])
@@ -60,11 +60,11 @@ def test_rows_that_share_a_prompt_share_what_it_filled(make):
     torch.manual_seed(0)
     x_BTW = torch.randn(3, 5, LATENT + ROPE)
     cache = filled(make(), x_BTW[:1])
-    cache.resize(torch.tensor([0]), 5, 8, 5, x_BTW.dtype)
+    cache.resize(torch.tensor([0]), 5, (5, 8), 5, x_BTW.dtype)
     cache.fill(x_BTW[1:])
     cache.spread(torch.tensor([1, 0, 1, 1]), 2, 5)
-    alone_BTW = filled(make(), x_BTW).read(5)
-    assert torch.equal(cache.read(5), alone_BTW[[0, 2, 1, 2, 2]])
+    alone_BTW = filled(make(), x_BTW).read(3, 5)
+    assert torch.equal(cache.read(5, 5), alone_BTW[[0, 2, 1, 2, 2]])
 
 
 def test_log_probabilities_from_a_float8_cache_stay_near_the_exact_ones():
@@ -98,7 +98,7 @@ def test_the_cache_takes_the_bytes_that_the_config_counts():
             )
         )
         cache = model.blocks[0].attention.cache(float8)
-        cache.resize(torch.empty(0, dtype=torch.int64), 3, 7, 0, torch.bfloat16)
+        cache.resize(torch.empty(0, dtype=torch.int64), 3, (3, 7), 0, torch.bfloat16)
         assert cache.nbytes == 3 * 7 * model.config.cache_bytes_per_token(float8=float8) // 2
 
 

@@ -65,7 +65,8 @@ def test_no_optimizer_leaves_a_stale_weight(model, optimizer):
     ],
 )
 def test_a_compiled_model_is_one_graph_that_learns_as_an_eager_one(monkeypatch, backend, device):
-    """Both begin each step with the same weights: float8 makes much of another order of sums."""
+    """Both begin each step with the same weights: float8 makes much of another order of sums. So the gradients are held
+    against those of a model without it, from which they may be equally far."""
     made, module = [], fp8.quantizer(torch.device(device))
     quantize = module.quantize_weight
     monkeypatch.setattr(module, "quantize_weight", lambda w, **options: made.append(w) or quantize(w, **options))
@@ -74,8 +75,8 @@ def test_a_compiled_model_is_one_graph_that_learns_as_an_eager_one(monkeypatch, 
     if device == "cuda":
         for weight in eager.low_precision_weights():
             weight.data = weight.data.bfloat16()
-    models = eager, copy.deepcopy(eager)
-    for model in models:
+    models = eager, copy.deepcopy(eager), copy.deepcopy(eager)
+    for model in models[:2]:
         use_float8(model)
 
     def loss_of(model: Transformer, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -86,16 +87,19 @@ def test_a_compiled_model_is_one_graph_that_learns_as_an_eager_one(monkeypatch, 
         for micro in range(2):
             tokens_BT = torch.randint(64, (4, 33), generator=torch.Generator().manual_seed(2 * step + micro)).to(device)
             losses = []
-            for call, model in zip((loss_of, compiled_loss_of), models, strict=True):
+            for call, model in zip((loss_of, compiled_loss_of, loss_of), models, strict=True):
                 made.clear()
                 losses.append(call(model, tokens_BT))
                 losses[-1].backward()
-                assert len(made) == (0 if micro else 12), "each weight is quantised once a step"
+                assert len(made) == (0 if micro or model is models[2] else 12), "each weight is quantised once a step"
             torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
-        ours, theirs = (torch.cat([weight.grad.float().flatten() for weight in m.parameters()]) for m in models)
-        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        ours, compiled, exact = (torch.cat([w.grad.float().flatten() for w in m.parameters()]) for m in models)
+        error, compiled_error = ((g - exact).norm().item() for g in (ours, compiled))
+        assert error < 0.2 * exact.norm().item()
+        assert compiled_error == pytest.approx(error, rel=0.2)
         torch.optim.SGD(eager.parameters(), lr=0.3).step()
-        models[1].load_state_dict(eager.state_dict())
+        for model in models[1:]:
+            model.load_state_dict(eager.state_dict())
         for model in models:
             model.zero_grad()
 

@@ -1,5 +1,7 @@
 """Cached, batched, compacted generation against the full forward pass."""
 
+import copy
+
 import pytest
 import torch
 
@@ -89,6 +91,30 @@ def test_a_sample_does_not_depend_on_the_batch_it_ran_in(model):
         for size in (3, 64)
     ]
     assert [completion.tokens for completion in runs[0]] == [completion.tokens for completion in runs[1]]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_steps_in_the_form_in_which_they_are_recorded_say_the_same(model, device, monkeypatch):
+    """On CPU without the recording. Calls differ in rows and lengths, so that room grows and is used again."""
+    calls = [(prompts(5), 20), (prompts(9), 40), (prompts(9), 40), (prompts(3), 7)]
+    plain = [Generator(model, max_batch=4).generate(batch, n, stop_ids={7}, generator=seeded()) for batch, n in calls]
+    monkeypatch.setattr("model.batch.SLOTS", 16)
+    if device == "cpu":
+        monkeypatch.setattr("model.batch.recorded", lambda device: True)
+        monkeypatch.setattr("model.batch.Replayed", lambda function, shared: function)
+    generator = Generator(copy.deepcopy(model).to(device), max_batch=4)
+    for (batch, n), expected in zip(calls, plain, strict=True):
+        found = generator.generate(batch, n, stop_ids={7}, generator=seeded(device))
+        if device == "cpu":
+            assert [reply.tokens for reply in found] == [reply.tokens for reply in expected]
+        for prompt, reply in zip(batch, found, strict=True):
+            exact_T = whole(model, prompt, reply.tokens, 1.0).gather(1, torch.tensor(reply.tokens)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(reply.logprobs), exact_T, rtol=1e-3, atol=1e-3)
+            assert len(reply.tokens) == n or reply.tokens[-1] == 7
+
+
+def seeded(device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(4)
 
 
 def test_generation_sees_the_weights_of_the_moment():

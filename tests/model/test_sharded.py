@@ -1,12 +1,16 @@
 """Training in float8 with blocks sharded by FSDP2 is training in float8."""
 
+import pytest
+import torch
+
 COMPARE = """
     import weakref
 
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
-    from kernels.fp8 import reference
+    from kernels import fp8
     from model.checkpointing import Recompute
     from model.config import ModelConfig
     from model.float8 import use_float8
@@ -18,34 +22,44 @@ COMPARE = """
         **{"n_dense_layers": 1, "n_routed_experts": 4, "n_activated_experts": 2, "n_shared_experts": 1},
         **{"moe_d_ff": 32},
     )
-    made, quantize_weight = [], reference.quantize_weight
+    device = torch.device(DEVICE, int(environment["LOCAL_RANK"]) if DEVICE == "cuda" else None)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(device)
+    made, quantizer = [], fp8.quantizer(device)
+    quantize_weight = quantizer.quantize_weight
 
     def spied(weight, **options):
         form = quantize_weight(weight, **options)
         made.append(weakref.ref(form.backward.codes))
         return form
 
-    reference.quantize_weight = spied
+    quantizer.quantize_weight = spied
 
     def trained(reshard=None, recompute=(), late=False):
         '''Losses of three steps, weights, and how many quantised weights lived between forward and backward.'''
         torch.manual_seed(0)
-        model, recompute = Transformer(CONFIG), Recompute(recompute)
+        model, recompute = Transformer(CONFIG).to(device), Recompute(recompute)
+        if DEVICE == "cuda":
+            for weight in model.low_precision_weights():
+                weight.data = weight.data.bfloat16()
         recompute.attach(model)
         if not late:
             use_float8(model)
         if reshard is not None:
+            # A group has one precision: what stays in fp32 beside bf16 weights stays whole.
+            low = {weight.dtype for weight in model.parameters()} == {torch.bfloat16, torch.float32}
+            whole = {weight for weight in model.parameters() if low and weight.dtype == torch.float32}
             for block in model.blocks:
-                fully_shard(block, reshard_after_forward=reshard)
-            fully_shard(model)
+                fully_shard(block, reshard_after_forward=reshard, ignored_params=whole)
+            fully_shard(model, ignored_params=whole)
         # Not Adam: it makes the rounding of a shard's odd end visible where a gradient is next to nothing.
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
         if late:  # once weights lie gathered
-            model(torch.zeros(1, 4, dtype=torch.int64))
+            model(torch.zeros(1, 4, dtype=torch.int64, device=device))
             use_float8(model)
         losses = []
         for step in range(3):
-            tokens_BT = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(step))
+            tokens_BT = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(step)).to(device)
             made.clear()
             with recompute.tape():
                 loss = -model(tokens_BT[:, :-1]).log_probs(tokens_BT[:, 1:]).mean()
@@ -55,10 +69,10 @@ COMPARE = """
             optimizer.step()
             losses.append(loss.item())
         weights = [weight.detach() for weight in model.parameters()]
-        whole = [weight.clone() if reshard is None else weight.full_tensor().clone() for weight in weights]
-        return losses, whole, alive
+        gathered = [(each.full_tensor() if isinstance(each, DTensor) else each).clone() for each in weights]
+        return losses, gathered, alive
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("nccl" if DEVICE == "cuda" else "gloo")
     losses, weights, alive = trained()
     assert alive == len(made) == 12, "a weight that is not sharded is quantised once a step"
     for options in OPTIONS:
@@ -70,7 +84,17 @@ COMPARE = """
 """
 
 
-def test_three_steps_of_a_sharded_model_are_those_of_the_whole_to_the_bit(run_ranks):
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")],
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_three_steps_of_a_sharded_model_are_those_of_the_whole_to_the_bit(run_ranks, device):
     recomputed = (["rms_norm", "mla_up", "swiglu"], ["block"])
     options = [{"reshard": False}, {"reshard": False, "late": True}, *({"recompute": names} for names in recomputed)]
-    run_ranks(COMPARE, OPTIONS=[{"reshard": True} | each for each in ({}, *options)])
+    run_ranks(COMPARE, DEVICE=device, OPTIONS=[{"reshard": True} | each for each in ({}, *options)])

@@ -103,7 +103,7 @@ def test_decoding_over_the_cache_equals_attending_to_the_whole_sequence(name):
     rope = rotation(config, torch.arange(12), torch.float32)
     whole = attention(x, rope, None)
     cache, slots = attention.cache(), Slots(12, rope)
-    cache.resize(torch.zeros(0, dtype=torch.int64), rows=3, slots=12, filled=0, dtype=torch.float32)
+    cache.resize(torch.zeros(0, dtype=torch.int64), rows=3, room=(3, 12), filled=0, dtype=torch.float32)
     pieces = [attention.prefill(x[:, :5], slots.first(5), cache)]
     for first, last in [(5, 6), (6, 9), (9, 12)]:  # one token, then three at once
         step = slots.step(torch.arange(first, last).expand(3, -1), seen=last)

@@ -291,15 +291,31 @@ def test_fp8_names_the_width_that_it_cannot_multiply(make_job, micro_v3):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("micro_batch", [2, 8])
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_replayed_step_is_the_step(make_job, wide_v3, precision, micro_batch, masked):
+@pytest.mark.parametrize(("masked", "recompute"), [(False, ()), (True, ()), (False, ("block",)), (True, ("swiglu",))])
+def test_a_replayed_step_is_the_step(make_job, wide_v3, precision, micro_batch, masked, recompute):
     runs = []
+    shared = {"precision": precision, "micro_batch_size": micro_batch, "recompute": recompute}
     for graphs in (False, True):
-        options = {"precision": precision, "micro_batch_size": micro_batch, "cuda_graphs": graphs}
+        options = {**shared, "cuda_graphs": graphs}
         job = make_job(wide_v3, f"graphs-{graphs}", options=options)
         runs.append(train(replace(job, data=replace(job.data, mask_documents=masked)), ignore))
     # Under a mask a recorded pass brings the head more rows, and sums them in other chunks.
     torch.testing.assert_close(losses_of(runs[0]), losses_of(runs[1]), rtol=1e-3 if masked else 0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_two_gpus_replay_the_steps_that_they_take(make_job, wide_v3, run_ranks, tmp_path, precision):
+    runs = []
+    for graphs in (False, True):
+        job = make_job(wide_v3, f"graphs-{graphs}", options={"precision": precision, "cuda_graphs": graphs})
+        run_ranks(TRAIN, job=job, folder=tmp_path)
+        runs.append(pickle.loads((tmp_path / "result-0.pickle").read_bytes()))
+    alone = train(make_job(wide_v3, "alone", options={"precision": precision}), ignore)
+    assert runs[0].world == 2
+    assert losses_of(runs[0]) == losses_of(runs[1])
+    torch.testing.assert_close(losses_of(runs[0]), losses_of(alone), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("sums", [True, False])

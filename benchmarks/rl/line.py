@@ -1,0 +1,99 @@
+"""R1-Zero and R1's reasoning stage on one machine, through the stages themselves and Ray, without Prefect.
+
+    fathom run corpus --recipe h100
+    python benchmarks/rl/line.py --recipe h100
+
+Takes `tokenize@latest` from the store of the working folder, as `benchmarks/training/base.py` does, and makes the nodes
+of the line from the base to reasoning RL, with an evaluation behind each: what is finished is reused, what was killed
+goes on. Base and policy see no longer context than replies need, so the context extension is left out. Writes
+results/RECIPE_line.json beside this file, or into --out: pass@1 with intervals before and after, and the curves of
+reward, accuracy, reply length and the rest of each RL run, with their plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.training.base import curve, make
+from flows.pipelines import LINE, Node
+from flows.recipes import load_recipe
+from infra.artifact import Artifact
+from infra.settings import Settings
+from infra.store import ArtifactStore
+
+RL = ("r1_zero", "reasoning_rl")
+NODES = (
+    *("generate_problems", "pretrain", "evaluate_base"),
+    *("r1_zero", "evaluate_r1_zero"),
+    *("cold_start", "evaluate_cold_start", "reasoning_rl", "evaluate_reasoning_rl"),
+)
+
+
+def node(name: str) -> Node:
+    """The line's node, on the base before its context was extended."""
+    found = LINE.node(name)
+    inputs = {role: "pretrain" if source == "extend_context" else source for role, source in found.roles.items()}
+    return dataclasses.replace(found, inputs=inputs)
+
+
+def evaluation(name: str, artifact: Artifact) -> dict[str, Any]:
+    """pass@1 of all problems as a row, beside that of the checkpoint that the run began with."""
+    figures = json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))["problems"]
+    return {"case": f"{name}, {figures[0]['problems']} problems", "metric": "pass@1", "ours": figures[0]["pass_1"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--recipe", default="h100")
+    parser.add_argument("--families", nargs="+", default=["countdown", "knights_and_knaves"], help="to learn and judge")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NODE.FIELD=VALUE", help="as `fathom run` has it")
+    parser.add_argument("--until", choices=NODES, default=NODES[-1])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--commit", help="of a tree that is no checkout")
+    arguments = parser.parse_args()
+    settings = Settings.load()
+    store = ArtifactStore(settings.store, settings.workspace)
+    nodes = NODES[: NODES.index(arguments.until) + 1]
+    chosen = [f"{name}.problems.families={json.dumps(arguments.families)}" for name in nodes[2:]]
+    configs = load_recipe(arguments.recipe).resolve(LINE, [*chosen, *arguments.set])
+    made = {name: make(node(name), configs[name], store, settings) for name in nodes}
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    about = f"{arguments.recipe}_line"
+    reports = {name: artifact for name, artifact in made.items() if name.startswith("evaluate_")}
+    rows = [
+        {**evaluation(name.removeprefix("evaluate_"), artifact), "anchors": {}} for name, artifact in reports.items()
+    ]
+    for name in filter(made.get, RL):
+        summary = made[name].manifest.summary
+        case = f"{name}, {summary['steps']} steps"
+        rows += [
+            {"case": case, "metric": metric, "ours": value, "anchors": {}}
+            for metric, value in {**summary, "seconds": made[name].manifest.provenance.wall_seconds}.items()
+            if isinstance(value, int | float)
+        ]
+        shutil.copy(made[name].path / "curves.png", arguments.out / f"{about}_{name}.png")
+    record.write(
+        arguments.out / f"{about}.json",
+        " ".join(
+            ["python benchmarks/rl/line.py --recipe", arguments.recipe]
+            + (["--set", *arguments.set] if arguments.set else [])
+        ),
+        rows,
+        arguments.commit,
+        **{f"curve_{name}": curve(made[name]) for name in filter(made.get, RL)},
+        **{
+            name: json.loads((artifact.path / "report.json").read_text())["problems"]
+            for name, artifact in reports.items()
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
