@@ -43,12 +43,12 @@ PLACES = [
 ]
 
 VICTIM = """
-import importlib, pickle, signal, threading, time
+import importlib, itertools, pickle, signal, threading, time
 from stages.rl import explore
 from stages.rl.learner import learn
 
 armed = threading.Event()
-calls = 0
+calls = itertools.count(1)
 since = None
 mine = point is not None and int(os.environ.get("RANK", 0)) == point.rank
 
@@ -57,12 +57,11 @@ def die():
 
 def deadly(function):
     def call(*args, **names):
-        global calls
-        calls += armed.is_set()
-        if calls == point.call and not point.after:
+        fatal = armed.is_set() and next(calls) == point.call  # the save calls from a thread of its own
+        if fatal and not point.after:
             die()
         result = function(*args, **names)
-        if calls == point.call:
+        if fatal:
             die()
         return result
     return call
