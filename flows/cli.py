@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from flows import cli_artifacts, cli_exchange, cli_models
+from flows import cli_artifacts, cli_exchange, cli_models, cli_promote
 from flows.console import console, counts_table, plan_table
 from flows.environment import open_store
 from flows.watch import prepared, run_stage, watch
@@ -37,7 +37,7 @@ class _Group(TyperGroup):
             console(stderr=True).print(f"{type(error).__name__}: {error}", style="red", markup=False, soft_wrap=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            makes = ctx.invoked_subcommand in ("run", "stage", "export", "import")
+            makes = ctx.invoked_subcommand in ("run", "stage", "export", "import", "promote")
             resumed = ": nothing half-made was kept; the same command goes on from here" if makes else ""
             console(stderr=True).print(f"interrupted{resumed}")
             ctx.exit(INTERRUPTED)
@@ -54,6 +54,7 @@ app = typer.Typer(
 app.add_typer(cli_artifacts.app, name="artifacts")
 app.command("export")(cli_exchange.export)
 app.command("import")(cli_exchange.import_)
+app.command("promote")(cli_promote.promote)
 app.command("serve")(cli_models.serve)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -64,9 +65,9 @@ From = Annotated[str | None, typer.Option("--from", metavar="NODE", help="Execut
 Until = Annotated[str | None, typer.Option(metavar="NODE", help="Make it and what it needs, no more.")]
 Only = Annotated[str | None, typer.Option(metavar="NODE", help="Execute it alone, on what the store has.")]
 Force = Annotated[list[str] | None, typer.Option(metavar="NODE", help="Execute it again in a normal run.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="tiny, h100, or a published size (see fathom plan --help).")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="tiny, h100, a published size or a reproduction.")]
 PipelineName = Annotated[
-    str, typer.Argument(metavar="PIPELINE", help="corpus, scaling, base, r1_zero, r1, distill or line.")
+    str, typer.Argument(metavar="PIPELINE", help="corpus, scaling, base, r1_zero, r1, distill, line or a branch of it.")
 ]
 
 
@@ -165,7 +166,8 @@ def plan(
 ) -> None:
     """Show what a run would do and why, without running anything.
 
-    Recipes: tiny, h100, v1_67b, moe_2b, moe_16b, v2_lite, v2, v3.
+    Recipes: tiny, h100, v1_67b, moe_2b, moe_16b, v2_lite, v2, v3; logic_rl and tiny_zero for imported_zero,
+    open_r1 for imported_traces.
 
     Example: fathom plan line --set pretrain.steps=300
     """

@@ -1,8 +1,8 @@
 """The line as a graph: which stages, on which inputs, in which order. Declarations only; nothing here runs anything.
 
 A node is one use of a stage, so a stage can appear several times (`grpo` is `r1_zero`, `reasoning_rl` and `final_rl`).
-`LINE` names every node of the road once; a smaller pipeline is what its targets need of it, and `scaling` branches off
-from the corpus.
+`LINE` names every node of the road once; a smaller pipeline is what its targets need of it. `scaling` branches off from
+the corpus, `iterative` from the cold start.
 """
 
 from __future__ import annotations
@@ -107,6 +107,13 @@ class Pipeline:
         kept = self.upstream(targets)
         return Pipeline(name, doc, tuple(node for node in self.nodes if node.name in kept))
 
+    def branch(self, name: str, doc: str, *nodes: Node) -> Pipeline:
+        """The pipeline of further nodes and of all that they need of this one, which may have some of them too."""
+        own = {node.name: node for node in nodes}
+        needed = {source for node in nodes for source in node.roles.values()} - own.keys()
+        kept = self.upstream(needed) - own.keys()
+        return Pipeline(name, doc, (*(node for node in self.nodes if node.name in kept), *nodes))
+
     def check(self, load: Load = stages.load) -> None:
         """Raise ConfigError if a node's inputs are not the roles and kinds that its stage takes."""
         for node in self.nodes:
@@ -157,13 +164,20 @@ LINE = Pipeline(
         _EVALUATIONS["base"],
         _rl("r1_zero", "extend_context"),
         _EVALUATIONS["r1_zero"],
-        Node("cold_start", "sft", {"checkpoint": "extend_context", "problems": "generate_problems"}),
+        Node("sample_zero", "sample", {"checkpoint": "r1_zero", "problems": "generate_problems"}),
+        Node("cold_start_samples", "rejection_sample", {"rollouts": "sample_zero"}),
+        Node("cold_start", "sft", {"checkpoint": "extend_context", "conversations": "cold_start_samples"}),
         _EVALUATIONS["cold_start"],
         _rl("reasoning_rl", "cold_start"),
         _EVALUATIONS["reasoning_rl"],
         Node("sample", "sample", {"checkpoint": "reasoning_rl", "problems": "generate_problems"}),
         Node("rejection_sample", "rejection_sample", {"rollouts": "sample"}),
-        Node("sft", "sft", {"checkpoint": "extend_context", "conversations": "rejection_sample"}),
+        Node("general", "ask_reference", {"documents": {name: f"ingest_{name}" for name in ("api_zh", "api_en")}}),
+        Node(
+            "sft",
+            "sft",
+            {"checkpoint": "extend_context", "conversations": "rejection_sample", "general": "general"},
+        ),
         _rl("final_rl", "sft"),
         _EVALUATIONS["r1"],
         Node("sample_teacher", "sample", {"checkpoint": "final_rl", "problems": "generate_problems"}),
@@ -180,7 +194,112 @@ LINE = Pipeline(
     ),
 )
 
+ROUNDS = 2
+
+
+def _rounds() -> tuple[Node, ...]:
+    """Iterative GRPO (DeepSeekMath, algorithm 1). A round's reward model learns on from what the policy said last, with
+    earlier pairs replayed; the reference is the policy that the round begins with."""
+    problems = {"problems": "generate_problems"}
+    nodes = [Node("sample_start", "sample", {"checkpoint": "cold_start", **problems})]
+    policy, said, judge = "cold_start", "sample_start", "cold_start"
+    pairs: dict[str, str] = {}
+    for number in range(1, ROUNDS + 1):
+        new = f"preferences_{number}"
+        nodes.append(Node(new, "make_preferences", {"rollouts": said}))
+        learnt = {"checkpoint": judge, "preferences": new, **({"replay": dict(pairs)} if pairs else {})}
+        judge = f"reward_model_{number}"
+        nodes.append(Node(judge, "train_reward_model", learnt))
+        nodes.append(Node(f"iterative_rl_{number}", "grpo", {"checkpoint": policy, "reward_model": judge, **problems}))
+        policy = said = f"iterative_rl_{number}"
+        pairs[f"round_{number}"] = new
+    return (*nodes, _evaluate("iterative_rl", policy))
+
+
+# DeepSeek-V3 learns R1's reasoning and its own brevity (V3, section 5.1): an expert of worked replies and, behind a
+# system prompt, of R1's; reinforcement learning blends the two; its shortest right replies are for the final model.
+_V3 = LINE.branch(
+    "v3_from_r1",
+    "R1's reasoning with control of its length: an expert, its concise replies, SFT of the base",
+    Node("r1_patterns", "rejection_sample", {"rollouts": "sample_teacher"}),
+    Node(
+        "expert",
+        "sft",
+        {"checkpoint": "extend_context", "conversations": "r1_patterns", "problems": "generate_problems"},
+    ),
+    _rl("expert_rl", "expert"),
+    Node("sample_expert", "sample", {"checkpoint": "expert_rl", "problems": "generate_problems"}),
+    Node("concise", "rejection_sample", {"rollouts": "sample_expert"}),
+    Node("v3_sft", "sft", {"checkpoint": "extend_context", "conversations": "concise", "general": "general"}),
+    _EVALUATIONS["r1"],
+    _evaluate("v3_sft", "v3_sft"),
+    Node("report_v3", "report", {"evaluations": {"r1": "evaluate_r1", "v3": "evaluate_v3_sft"}}),
+)
+
+# DeepSeek-R1, section 4.1, at equal compute: the student's training is as long as reinforcement learning of the same
+# student pays for, once without and once with what the teacher spent on its samples.
+_ARMS = ("distill_equal", "distill_equal_all", "rl_student_llama")
+_EQUAL = LINE.branch(
+    "distill_or_rl",
+    "Distillation against reinforcement learning of the same student at equal compute",
+    *(
+        Node(
+            name,
+            "distill",
+            {"student": "student_base_llama", "conversations": "teacher_samples", "rival": "rl_student_llama"},
+        )
+        for name in _ARMS[:2]
+    ),
+    *(_evaluate(name, name) for name in _ARMS[:2]),
+    _EVALUATIONS["rl_student_llama"],
+    Node("report_equal", "report", {"evaluations": {name: f"evaluate_{name}" for name in _ARMS}}),
+)
+
+# Reproductions of others' work begin at a published checkpoint: flows/recipes/reproductions.py has their figures.
+_ZERO = Pipeline(
+    "imported_zero",
+    "Reinforcement learning straight from a published checkpoint on problems of our families",
+    (
+        Node("import_base", "import_checkpoint"),
+        Node("puzzles", "generate_problems"),
+        Node("evaluate_start", "evaluate", {"checkpoint": "import_base", "problems": "puzzles"}),
+        Node("puzzle_rl", "grpo", {"checkpoint": "import_base", "problems": "puzzles"}),
+        Node("evaluate_puzzle_rl", "evaluate", {"checkpoint": "puzzle_rl", "problems": "puzzles"}),
+        Node("report_zero", "report", {"evaluations": {"start": "evaluate_start", "rl": "evaluate_puzzle_rl"}}),
+    ),
+)
+_TRACES = Pipeline(
+    "imported_traces",
+    "A published checkpoint learns a data set of reasoning traces, and then by reinforcement on imported problems",
+    (
+        Node("import_base", "import_checkpoint"),
+        Node("traces", "ingest_conversations"),
+        Node("math", "import_problems"),
+        Node("trace_sft", "sft", {"checkpoint": "import_base", "conversations": "traces"}),
+        Node("evaluate_traces", "evaluate", {"checkpoint": "trace_sft", "problems": "math"}),
+        Node("math_rl", "grpo", {"checkpoint": "trace_sft", "problems": "math"}),
+        Node("evaluate_math_rl", "evaluate", {"checkpoint": "math_rl", "problems": "math"}),
+        Node("report_traces", "report", {"evaluations": {"sft": "evaluate_traces", "rl": "evaluate_math_rl"}}),
+    ),
+)
+
 _CORPUS = LINE.part("corpus", "Raw English, Chinese and code to packed tokens", ["tokenize"])
+
+# What a release needs beyond R1: where it fails, its model card, and a gate before its tag.
+_RELEASE = Pipeline(
+    "release",
+    "R1 with its probes, its model card, and its tag if it meets the recipe's requirements",
+    (
+        *LINE.part("", "", ["evaluate_r1"]).nodes,
+        Node("probe_r1", "probe", {"checkpoint": "final_rl", "problems": "generate_problems"}),
+        Node(
+            "model_card_r1",
+            "model_card",
+            {"checkpoint": "final_rl", "reports": {"evaluation": "evaluate_r1", "probes": "probe_r1"}},
+        ),
+        Node("promote_r1", "promote", {"checkpoint": "final_rl", "reports": {"card": "model_card_r1"}}),
+    ),
+)
 
 PIPELINES: dict[str, Pipeline] = {
     pipeline.name: pipeline
@@ -191,6 +310,12 @@ PIPELINES: dict[str, Pipeline] = {
             "Corpus to scaling laws: a ladder of small models and a held-out larger run",
             (*_CORPUS.nodes, Node("scaling_laws", "scaling_laws", {"tokens": "tokenize"})),
         ),
+        Pipeline(
+            "iterative",
+            "Cold start, then GRPO in rounds with a reward model that learns on from the policy's replies",
+            (*LINE.part("", "", ["evaluate_cold_start"]).nodes, *_rounds()),
+        ),
+        _RELEASE,
         LINE.part("base", "Corpus to the context-extended base model", ["evaluate_base"]),
         LINE.part("r1_zero", "Reinforcement learning straight from the base model", ["evaluate_r1_zero"]),
         LINE.part(
@@ -203,6 +328,10 @@ PIPELINES: dict[str, Pipeline] = {
             "R1's samples to Llama- and Qwen-shaped students, beside one trained by RL alone",
             ["evaluate_distill_llama", "evaluate_distill_qwen", "evaluate_rl_student_llama"],
         ),
+        _EQUAL,
+        _V3,
+        _ZERO,
+        _TRACES,
         LINE,
     )
 }

@@ -26,6 +26,8 @@ from infra.stage import run
 from infra.store import ArtifactStore
 from stages.rl.engines import vllm
 from stages.tokens.bpe import load_tokenizer
+from stages.tokens.chat_template import JINJA
+from stages.tokens.tools import CALLS
 from stages.training.checkpoint import load_config, load_model
 
 EngineName = Literal["native", "vllm"]
@@ -96,10 +98,15 @@ def serve_vllm(
         "compilation-config": json.dumps(vllm.COMPILATION),
         "reasoning-parser": "deepseek_r1",
     }
+    tokenizer = load_tokenizer(artifact.path)
+    tools = tokenizer.template == JINJA and len(tokenizer.encode(CALLS)) == 1  # the parser looks for the marks' ids
+    if tools:
+        flags["tool-call-parser"] = "deepseek_v31"
     if speculate:
         flags["speculative-config"] = json.dumps({"method": "mtp", "num_speculative_tokens": config.n_mtp})
     command = [sys.executable, "-m", VLLM_SERVE, "--served-model-name", *names, "--no-enable-prefix-caching"]
     command += ["--enforce-eager"] if cpu else []
+    command += ["--enable-auto-tool-choice"] if tools else []
     command += [f"--{name}={value}" for name, value in flags.items()]
     with store.holding([export.id]):
         process = subprocess.Popen(command, env={**os.environ, **vllm.environment(config, cpu)})

@@ -27,6 +27,7 @@ from flows.environment import explorer_address, open_store
 from flows.pipelines import flat
 from flows.planning import rebuilt
 from flows.progress import LISTENER
+from flows.promotion import settle
 from flows.publish import ProgressBar, publish_page
 from infra.config import Config, Field
 from infra.errors import StageFailed, TamperedArtifact
@@ -169,6 +170,7 @@ def _run(stage: Stage, config: Config, inputs: Mapping[str, str], force: bool, l
     if listener:
         listener.done(artifact, result.reused, result.drifted)
     publish_page(store, artifact, node, explorer_address(settings), flow_run_id)
+    settle(store, artifact)
     if not result.reused:
         return Completed(message=f"Made {artifact.id}")
     drift = "; the stage's code has changed since" if result.drifted else ""

@@ -45,3 +45,9 @@ class StageFailed(FathomError):
     """A stage's work died outside its own code (a worker killed, out of memory)."""
 
     exit_code = 7
+
+
+class PromotionRefused(FathomError):
+    """A checkpoint does not meet the requirements of the tag that it was to get."""
+
+    exit_code = 9

@@ -21,6 +21,7 @@ from infra import provenance
 from infra.artifact import KINDS, MANIFEST, Artifact, Kind, Manifest, Provenance, Scalar, recipe_id
 from infra.config import Config, nearest
 from infra.errors import ConfigError, InputError, StoreError
+from infra.lineage import Lineage, lineage
 from infra.metrics import METRICS, MetricsLog, Progress
 from infra.settings import Settings
 from infra.store import ArtifactStore
@@ -70,6 +71,7 @@ class Context:
     scratch: Path
     workers: int = 1
     on_progress: Callable[[Progress], None] | None = None
+    store: ArtifactStore | None = None
     _log: MetricsLog = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +84,12 @@ class Context:
         for path in (out, scratch):
             path.mkdir(parents=True, exist_ok=True)
         return cls(out, scratch, workers)
+
+    def lineage(self, artifact: Artifact) -> Lineage:
+        """What an input was made from, back to the raw sources; of a folder that no store knows, itself alone."""
+        if self.store is None:
+            return Lineage({artifact.id: artifact.manifest}, ())
+        return lineage(self.store, artifact.id)
 
     def report(self, done: int, total: int, unit: str, **metrics: float) -> None:
         self._log.report(done, total, unit, **metrics)
@@ -204,7 +212,7 @@ def run(
             if store.exists(artifact_id) and not force:  # made by the process that held the lock before us
                 return _reused(store, stage, artifact_id)
             started, clock = datetime.now(UTC), time.monotonic()
-            ctx = Context(out, scratch, settings.workers, on_progress)
+            ctx = Context(out, scratch, settings.workers, on_progress, store)
             try:
                 summary = stage(config, group(stage, inputs), ctx)
                 if (scratch / METRICS).exists():

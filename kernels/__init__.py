@@ -7,6 +7,7 @@ Triton (`fused`) on CUDA, torch (`eager`) elsewhere.
 from kernels.attention import attention, visibility
 from kernels.autograd import apply_rope, keys_and_values, rms_norm, route, swiglu
 from kernels.dispatch import implementation
+from kernels.divergence import divergence, linear_divergence
 from kernels.eager import NO_TARGET, join_master, split_master
 from kernels.grouped import Permutation, compact, grouped_gemm, layout, permutation, permute, permute_gates, unpermute
 from kernels.inference import routed_experts
@@ -21,12 +22,14 @@ __all__ = [
     "apply_rope",
     "attention",
     "compact",
+    "divergence",
     "grouped_gemm",
     "implementation",
     "join_master",
     "keys_and_values",
     "layout",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_log_probs",
     "permutation",
     "permute",

@@ -27,7 +27,7 @@ class _LinearLogProbs(torch.autograd.Function):
     def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
         logsumexp_N = torch.empty(x_ND.shape[0], dtype=torch.float32, device=x_ND.device)
         chosen_N = torch.empty_like(logsumexp_N)
-        for part in _chunks(x_ND, weight_VD, torch.float32):
+        for part in chunks(x_ND, weight_VD, 4):
             logits_nV = F.linear(x_ND[part], weight_VD).float().div_(temperature)
             logsumexp_N[part] = logits_nV.logsumexp(-1)
             chosen_N[part] = logits_nV.gather(1, targets_N[part, None]).squeeze(1)
@@ -40,8 +40,8 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx, grad_N: Tensor):
         x_ND, weight_VD, targets_N, logsumexp_N = ctx.saved_tensors
         scale_N1 = (grad_N.float() / ctx.temperature).unsqueeze(1)
-        gradients = _Gradients(x_ND, weight_VD)
-        for part in _chunks(x_ND, weight_VD, torch.float32):
+        gradients = Gradients(x_ND, weight_VD)
+        for part in chunks(x_ND, weight_VD, 4):
             logits_nV = F.linear(x_ND[part], weight_VD).float().div_(ctx.temperature)
             # d log p(target) / d logits = onehot(target) − softmax(logits)
             grad_nV = logits_nV.sub_(logsumexp_N[part, None]).exp_().mul_(-scale_N1[part])
@@ -54,9 +54,9 @@ class _LinearLogProbs(torch.autograd.Function):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-        gradients = _Gradients(x_ND, weight_VD) if any(ctx.needs_input_grad) else None
+        gradients = Gradients(x_ND, weight_VD) if any(ctx.needs_input_grad) else None
         total = torch.zeros((), device=x_ND.device)
-        for part in _chunks(x_ND, weight_VD, x_ND.dtype):
+        for part in chunks(x_ND, weight_VD, x_ND.dtype.itemsize):
             logits_nV = F.linear(x_ND[part], weight_VD)
             loss_n, grad_nV = implementation(x_ND).cross_entropy_gradient(logits_nV, targets_N[part])
             total += loss_n.sum()
@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x_ND, grad_weight_VD.to(ctx.dtype), None
 
 
-class _Gradients:
+class Gradients:
     """Gradients of x and of the weight (in fp32 where chunks are several), gathered chunk by chunk from the logits'."""
 
     def __init__(self, x_ND: Tensor, weight_VD: Tensor) -> None:
@@ -100,10 +100,10 @@ class _Gradients:
         return torch.zeros_like(self._weight_VD) if self._sum_VD is None else self._sum_VD
 
 
-def _chunks(x_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Iterator[slice]:
-    """Even slices of the rows whose logits in `dtype` keep to CHUNK_BYTES."""
+def chunks(x_ND: Tensor, weight_VD: Tensor, bytes_per_logit: int) -> Iterator[slice]:
+    """Even slices of the rows whose logits keep to CHUNK_BYTES."""
     n_rows, n_bytes = len(x_ND), CHUNK_BYTES[x_ND.device.type]
-    most = max(16, n_bytes // (dtype.itemsize * weight_VD.shape[0]))
+    most = max(16, n_bytes // (bytes_per_logit * weight_VD.shape[0]))
     count = -(-n_rows // most)
     size = -(-n_rows // max(count, 1))
     return (slice(start, start + size) for start in range(0, n_rows, max(size, 1)))

@@ -8,7 +8,7 @@ batching never changes a sample beyond rounding.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -76,14 +76,19 @@ class Generator:
         top_p: float = 1.0,
         stop_ids: Collection[int] = (),
         generator: torch.Generator | None = None,
+        given_up: Callable[[Sequence[int]], bool] | None = None,
     ) -> list[Completion]:
         """One completion per prompt, in order. temperature 0 is greedy (log-probabilities then at temperature 1).
+
+        A reply for whose tokens so far `given_up` is true goes no further; it counts as not finished.
 
         Raises InputError if a prompt is empty, or with its reply longer than the model's max_position.
         """
         rows: dict[int, Row] = {}
         for advanced in self._run(prompts, max_new_tokens, temperature, top_p, stop_ids, generator):
             rows.update(advanced)
+            for _, row in advanced if given_up else ():
+                row.done = row.done or given_up(row.tokens)
         found = (rows[number] for number in range(len(prompts)))
         return [Completion(row.tokens, row.logprobs, row.finished, row.drafted, row.accepted) for row in found]
 

@@ -1,7 +1,8 @@
-"""Measure a checkpoint: pass@1, consensus, format, language and length on held-out problems, and bits per byte.
+"""Measure a checkpoint: pass@k, maj@k, format, language and length on held-out problems, and bits per byte.
 
 pass@1 is the mean over k samples at temperature 0.6 and top-p 0.95 (DeepSeek-R1, section 3), with 95 % bootstrap
-intervals over problems. The per-problem rows stay in the artifact, so that two checkpoints can be compared pairwise.
+intervals over problems. The curves of pass@k and maj@k run over k = 1, 2, 4, … up to the samples. The per-problem rows
+stay in the artifact, curves included, so that two checkpoints can be compared pairwise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from infra.config import Config, Field
 from infra.errors import InputError
 from infra.ray import spmd
 from infra.stage import Context, Inputs, optional, stage
-from stages.evaluation.scores import PROBLEM_SCHEMA, problem_record, table
+from stages.evaluation.measures import REPORT, Measure, to_json
+from stages.evaluation.plots import plot_pass_and_maj
+from stages.evaluation.scores import MEASURES, PROBLEM_SCHEMA, curve, problem_record, table
 from stages.evaluation.text import TextJob, measure_text
 from stages.problems.problem import read_problems
 from stages.problems.selection import ProblemFilter
@@ -70,21 +73,40 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
             checkpoint, str(tokens.path), config.sequence_length, config.validation_windows, config.trigram_bytes
         )
         text = sorted((row for part in spmd(measure_text, text_job, ctx) for row in part), key=lambda r: r["language"])
-    figures = table(records, config.seed)
+    figures, points = table(records, config.seed), curve(records, config.seed)
     pq.write_table(pa.Table.from_pylist(records, PROBLEM_SCHEMA), ctx.out / PROBLEMS)
     write_rollouts(ctx.out / "rollouts-00000.parquet", [row for rows in grouped for row in rows[:2]])
     spent = inputs["checkpoint"].summary
     flops = sum(spent.get(name, 0.0) for name in ("train_flops", "sample_flops"))
     report = {
+        "kind": "evaluation",
         "name": config.name,
         "flops": flops,
+        "teacher_flops": spent.get("sample_flops", 0.0),
         "checkpoint": inputs["checkpoint"].id,
         "problems": figures,
+        "curve": points,
         "text": text,
+        "measures": to_json(measures(figures, points, text)),
     }
-    (ctx.out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-    (ctx.out / "report.md").write_text(markdown(config, figures, text), encoding="utf-8")
+    plot_pass_and_maj(ctx.out / "pass_and_maj_at_k.png", {config.name: points})
+    (ctx.out / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+    (ctx.out / "report.md").write_text(markdown(config, figures, points, text), encoding="utf-8")
     return summarise(config, figures, text)
+
+
+def measures(
+    figures: list[dict[str, Any]], points: list[dict[str, Any]], text: list[dict[str, Any]]
+) -> dict[str, Measure]:
+    """All by name: those of all problems, pass_1 of each language and family, both curves, bits per byte."""
+    found = {name: Measure.named(figures[0], name) for name in MEASURES}
+    for row in figures:
+        if (row["family"] == "all") != (row["language"] == "all"):
+            name = row["language"] if row["family"] == "all" else row["family"]
+            found[f"pass_1_{name}"] = Measure.named(row, "pass_1")
+    for row in points:
+        found |= {f"{name}_at_{row['k']}": Measure.named(row, name) for name in ("pass", "maj")}
+    return found | {f"bits_per_byte_{row['language']}": Measure(row["bits_per_byte"]) for row in text}
 
 
 def summarise(config: EvaluateConfig, figures: list[dict[str, Any]], text: list[dict[str, Any]]) -> dict:
@@ -103,7 +125,9 @@ def summarise(config: EvaluateConfig, figures: list[dict[str, Any]], text: list[
     return summary
 
 
-def markdown(config: EvaluateConfig, figures: list[dict[str, Any]], text: list[dict[str, Any]]) -> str:
+def markdown(
+    config: EvaluateConfig, figures: list[dict[str, Any]], points: list[dict[str, Any]], text: list[dict[str, Any]]
+) -> str:
     lines = [
         f"# {config.name}",
         "",
@@ -119,6 +143,10 @@ def markdown(config: EvaluateConfig, figures: list[dict[str, Any]], text: list[d
             f"{row['pass_1_low']:.3f}–{row['pass_1_high']:.3f} | {row['pass_k']:.3f} | {row['consensus']:.3f} | "
             f"{row['format']:.3f} | {row['language_consistency']:.3f} | {row['length']:.1f} |"
         )
+    lines += ["", "| k | pass@k | interval | maj@k | interval |", "|-|-|-|-|-|"]
+    for row in points:
+        cells = [f"{row[name]:.3f} | {row[f'{name}_low']:.3f}–{row[f'{name}_high']:.3f}" for name in ("pass", "maj")]
+        lines.append(f"| {row['k']} | {' | '.join(cells)} |")
     if text:
         lines += ["", "| language | bits per byte | byte trigram | validation bytes |", "|-|-|-|-|"]
     for row in text:

@@ -1,8 +1,10 @@
-r"""Import: a set of maths problems of the user's own, JSON Lines with a question and an answer, for any later stage.
+r"""Import: a set of maths or programming problems of the user's own, JSON Lines, for any later stage.
 
-The answer is what `stages.problems.boxed` judges against: the last `\boxed{…}` of the field (so MATH's `solution`
-serves), what follows `####` (GSM8K), or the whole field. A question has Chinese characters or it is English, unless a
-field says it. A bad line is refused with its file and number: a set that is half read is another set.
+With `tests_field` answers are programs, and the field holds the tests in the form of HumanEval, MBPP, APPS or our own
+(`stages.problems.published_tests`). Else the answer is what `stages.problems.boxed` judges against: the last
+`\boxed{…}` of the field (so MATH's `solution` serves), what follows `####` (GSM8K), or the whole field. A question has
+Chinese characters or it is English, unless a field says it. A bad line is refused with its file and number: a set that
+is half read is another set.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from infra.config import Config, Field
 from infra.errors import InputError
@@ -21,6 +25,8 @@ from infra.stage import Context, Inputs, stage
 from stages.corpus.sources.files import decode, digest_files, find_files
 from stages.problems.boxed import boxed, cut, readings, require, tidy
 from stages.problems.problem import Language, Problem, Split, digest, write_problems
+from stages.problems.programs import tests_of
+from stages.problems.published_tests import UnreadableTests, read_tests
 from stages.problems.verify import MAX_ANSWER
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -31,12 +37,23 @@ class ImportProblemsConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="The problems' family; begins their ids")
     path: str = Field(description="A JSON Lines file, a folder of them or a glob")
     question_field: str = "question"
-    answer_field: str = "answer"
+    answer_field: str | None = Field("answer", description="Column with the answer; may be none if there are tests")
+    tests_field: str | None = Field(None, description="Column with tests: the answers are programs that pass them")
+    function_field: str | None = Field(None, description="Column with the function's name, as HumanEval's entry_point")
+    leave_out_unreadable: bool = Field(False, description="Leave out problems whose tests cannot be read; else refuse")
     solution_field: str | None = Field(None, description="Column with worked solutions, which sft can teach")
     level_field: str | None = Field(None, description="Column with levels: 3, or Level 3; all are 1 when unset")
     language_field: str | None = Field(None, description="Column with en or zh")
     language: Literal["auto", "en", "zh"] = Field("auto", description="auto: zh if a question has Chinese characters")
     license: str = Field(min_length=1, description="SPDX expression, or what the owner calls it")
+
+    @model_validator(mode="after")
+    def _something_to_judge_by(self) -> Self:
+        if self.answer_field is None and self.tests_field is None:
+            raise ValueError("give answer_field or tests_field: a problem is judged by its answer or by its tests")
+        if self.tests_field is None and (self.function_field or self.leave_out_unreadable):
+            raise ValueError("function_field and leave_out_unreadable are about tests: set tests_field, or leave them")
+        return self
 
 
 def _outside(config: ImportProblemsConfig) -> dict[str, str]:
@@ -45,21 +62,28 @@ def _outside(config: ImportProblemsConfig) -> dict[str, str]:
 
 @stage(version=1, makes="problems", reads=_outside)
 def import_problems(config: ImportProblemsConfig, inputs: Inputs, ctx: Context) -> dict:
-    """Read maths problems from JSON Lines; the split is a hash of the question, whichever file it stands in."""
+    """Read problems from JSON Lines; the split is a hash of the question, whichever file it stands in."""
     files = find_files(config.path, SUFFIXES, "path")
     problems: dict[str, Problem] = {}  # by content: a question that comes again is the same problem
-    lines = 0
+    lines = left_out = 0
     for done, file in enumerate(files, start=1):
         for problem in _read(file, config):
-            problems.setdefault(problem.content, problem)
             lines += 1
+            if problem is None:
+                left_out += 1
+            else:
+                problems.setdefault(problem.content, problem)
         ctx.report(done, len(files), "files")
     if not problems:
         raise InputError(f"path: {config.path!r} has no line to read; give JSON objects, one a line")
     require(problems.values())
-    numbers = sum(bool(readings(tidy(problem.answer))) for problem in problems.values())
-    summary: dict = {"name": config.name, "license": config.license, "repeated": lines - len(problems)}
-    summary["answers_not_numbers"] = len(problems) - numbers
+    summary: dict = {"name": config.name, "license": config.license, "repeated": lines - left_out - len(problems)}
+    if config.tests_field is None:
+        numbers = sum(bool(readings(tidy(problem.answer))) for problem in problems.values())
+        summary["answers_not_numbers"] = len(problems) - numbers
+    else:
+        summary["tests"] = sum(len(tests_of(problem.arguments)) for problem in problems.values())
+        summary["tests_unreadable"] = left_out
     for split in SPLITS:
         chosen = [problem for problem in problems.values() if problem.split == split]
         summary[f"n_{split}"] = write_problems(ctx.out / f"{split}.jsonl", chosen)
@@ -68,7 +92,8 @@ def import_problems(config: ImportProblemsConfig, inputs: Inputs, ctx: Context) 
     return summary
 
 
-def _read(file: Path, config: ImportProblemsConfig) -> Iterator[Problem]:
+def _read(file: Path, config: ImportProblemsConfig) -> Iterator[Problem | None]:
+    """The file's problems; None for one that is left out."""
     with file.open("rb") as handle:
         for number, line in enumerate(handle, start=1):
             where = f"{file}, line {number}"
@@ -83,15 +108,28 @@ def _read(file: Path, config: ImportProblemsConfig) -> Iterator[Problem]:
             yield _problem(values, where, config)
 
 
-def _problem(values: dict[str, Any], where: str, config: ImportProblemsConfig) -> Problem:
+def _problem(values: dict[str, Any], where: str, config: ImportProblemsConfig) -> Problem | None:
     question = _text(values, config.question_field, "question_field", where)
-    gold = _text(values, config.answer_field, "answer_field", where)
-    answer = cut(gold.rpartition("####")[2]).strip()
-    if len(answer) > MAX_ANSWER or not boxed(answer, {"value": answer}):
-        raise InputError(
-            f"{where}: {answer[:60]!r} in the field {config.answer_field!r} is no answer; give one of at most "
-            rf"{MAX_ANSWER} characters, in \boxed{{}} or by itself, or leave the line out"
-        )
+    gold = _text(values, config.answer_field, "answer_field", where) if config.answer_field else ""
+    answer, verifier = gold, "code"
+    if config.tests_field:
+        try:
+            arguments = _tests(values, config.tests_field, where, config)
+        except UnreadableTests as error:
+            if config.leave_out_unreadable:
+                return None
+            raise InputError(
+                f"{where}: the tests in the field {config.tests_field!r} cannot be read: {error}; "
+                "leave the line out, or set leave_out_unreadable"
+            ) from None
+    else:
+        answer, verifier = cut(gold.rpartition("####")[2]).strip(), "boxed"
+        arguments = {"value": answer}
+        if len(answer) > MAX_ANSWER or not boxed(answer, arguments):
+            raise InputError(
+                f"{where}: {answer[:60]!r} in the field {config.answer_field!r} is no answer; give one of at most "
+                rf"{MAX_ANSWER} characters, in \boxed{{}} or by itself, or leave the line out"
+            )
     language = _language(values, question, where, config)
     content = "".join(unicodedata.normalize("NFKC", question).casefold().split())
     solution = _text(values, config.solution_field, "solution_field", where) if config.solution_field else ""
@@ -103,9 +141,16 @@ def _problem(values: dict[str, Any], where: str, config: ImportProblemsConfig) -
         question=question,
         chain=solution,
         answer=answer,
-        verifier="boxed",
-        arguments={"value": answer},
+        verifier=verifier,
+        arguments=arguments,
         content=content,
+    )
+
+
+def _tests(values: dict[str, Any], name: str, where: str, config: ImportProblemsConfig) -> dict[str, Any]:
+    tests = _field(values, name, "tests_field", where)
+    return read_tests(
+        tests, _text(values, config.function_field, "function_field", where) if config.function_field else None
     )
 
 

@@ -26,7 +26,7 @@ from stages.corpus.sources.api_reference import ApiReference
 from stages.corpus.sources.files import HubDataset, JsonLines, Parquet, TextFiles
 from stages.corpus.sources.python import InstalledDocstrings, PythonCode, PythonDocs
 from stages.corpus.sources.worked_problems import WorkedProblems
-from stages.problems.registry import FAMILIES, FamilyName
+from stages.problems.registry import WITHOUT_SANDBOX, FamilyName
 
 UNIT_SHARE = 16
 TASK_UNITS = 8  # units a worker reads at a time
@@ -58,7 +58,7 @@ class ProblemSource(Config):
     """Worked problems of the train split, as text."""
 
     kind: Literal["worked_problems"] = "worked_problems"
-    families: tuple[FamilyName, ...] = tuple(FAMILIES)
+    families: tuple[FamilyName, ...] = WITHOUT_SANDBOX
     languages: tuple[Literal["en", "zh"], ...] = ("en", "zh")
     levels: tuple[int, ...] = Field((), description="empty: all that each family has")
     n: int = Field(10_000, ge=1, description="distinct problems")

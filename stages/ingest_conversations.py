@@ -1,15 +1,17 @@
 """Conversations of the user's own, from JSON Lines, Parquet or any dataset that the `datasets` library can load.
 
 A conversation is a list of messages {role, content}, or in ShareGPT's words {from, value}, or either as JSON text. Its
-roles are system (at most one, in front), user and assistant. `sft` renders it by the checkpoint's chat template and
-learns what the assistant says. One that is not as it should be is refused, with its place: nothing is repaired.
+roles are system (at most one, in front), user, assistant, and tool for the replies to an assistant's `tool_calls`; the
+tools that are offered stand in a column of their own, as JSON schemas (`stages.tokens.tools`). `sft` renders it by the
+checkpoint's chat template and learns what the assistant says, its calls among it. One that is not as it should be is
+refused, with its place: nothing is repaired.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -22,16 +24,26 @@ from stages.corpus import languages
 from stages.corpus.document import fraction
 from stages.corpus.sources import Raw, Source
 from stages.corpus.sources.files import HubDataset, JsonLines, Parquet
-from stages.tokens.chat_template import ROLES
+from stages.tokens.messages import conversation_text
+from stages.tokens.tools import calls_text
+from stages.tokens.traces import think_answer
 from stages.training.supervised import CONVERSATIONS
-
-SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 class _Fields(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="begins the ids of the conversations")
     messages_field: str = Field("messages", description="the column that holds the list of messages")
+    tools_field: str | None = Field(None, description="the column that holds the list of tools; none: none is offered")
     license: str = Field(min_length=1, description="SPDX expression, or what the owner calls it")
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        return (self.tools_field,) if self.tools_field else ()
+
+    def text(self, value: Any, field: str, where: str, beside: Mapping[str, Any]) -> str:
+        if self.tools_field and self.tools_field not in beside:
+            raise InputError(f"{where}: no field {self.tools_field!r}; set source.tools_field to another, or to none")
+        return conversation_text(value, field, where, beside.get(self.tools_field or ""))
 
 
 class ConversationFiles(_Fields):
@@ -45,7 +57,7 @@ class ConversationFiles(_Fields):
     def build(self) -> Source:
         source = {"jsonl": JsonLines, "parquet": Parquet}[self.format]
         about = (self.name, self.path, None, "conversation", self.license, self.messages_field, self.id_field)
-        return source(*about, convert=messages_text, option="source.messages_field")
+        return source(*about, convert=self.text, option="source.messages_field", beside=self.beside)
 
 
 class ConversationDataset(_Fields):
@@ -58,11 +70,16 @@ class ConversationDataset(_Fields):
 
     def build(self) -> Source:
         place = (self.name, self.path, self.subset, self.split, self.messages_field, None, "conversation", self.license)
-        return HubDataset(*place, convert=messages_text, option="source.messages_field")
+        return HubDataset(*place, convert=self.text, option="source.messages_field", beside=self.beside)
 
 
 class IngestConversationsConfig(Config):
     source: Annotated[ConversationFiles | ConversationDataset, Field(discriminator="kind", title="Source")]
+    traces: Literal["as_is", "think_answer"] = Field(
+        "as_is",
+        description="think_answer: replies are reasoning traces and take our form, for reinforcement to go on from; "
+        "those with another form are left out",
+    )
     max_conversations: int | None = Field(None, ge=1, description="Sampled evenly over the source; all when unset.")
     seed: int = 0
 
@@ -71,24 +88,34 @@ def _outside(config: IngestConversationsConfig) -> dict[str, str]:
     return config.source.build().versions()
 
 
-@stage(version=1, makes="conversations", reads=_outside)
+@stage(version=2, makes="conversations", reads=_outside)
 def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Read one source of conversations, for a checkpoint to learn from."""
     source = config.source.build()
     rows = {f"{source.name}/{raw.key}": raw.text for raw in _read(source, ctx)}
+    read = len(rows)
+    if config.traces == "think_answer":
+        rows = {id: text for id, row in rows.items() if (text := _in_our_form(row))}
     chosen = sorted(rows, key=lambda id: fraction(id, f"conversation {config.seed}"))[: config.max_conversations]
     if not chosen:
-        raise InputError(f"{config.source.path} holds no conversation: the source is empty")
+        form = "" if config.traces == "as_is" else " with a chain and a solution in every reply"
+        raise InputError(f"{config.source.path} holds no conversation{form}: there is nothing to learn in it")
     table, counts = [], Counter()
     for id in chosen:
-        messages = json.loads(rows[id])
-        said = [message["content"] for message in messages if message["role"] == "assistant"]
-        language = languages.identify(" ".join(said))
-        table.append({"id": id, "messages": rows[id], "problem": None, "language": language, "family": source.name})
-        counts.update({"replies": len(said), "characters_learnt": sum(map(len, said)), f"language_{language}": 1})
+        messages, tools = json.loads(rows[id])
+        replies = [message for message in messages if message["role"] == "assistant"]
+        language = languages.identify(" ".join(reply["content"] for reply in replies))
+        row = {"id": id, "problem": None, "language": language, "family": source.name}
+        row["messages"] = json.dumps(messages, ensure_ascii=False)
+        row["tools"] = json.dumps(tools, ensure_ascii=False) if tools else None
+        table.append(row)
+        calls = [reply.get("tool_calls", []) for reply in replies]
+        learnt = sum(len(reply["content"] + calls_text(made)) for reply, made in zip(replies, calls, strict=True))
+        counts.update({"replies": len(replies), "tool_calls": sum(map(len, calls)), "characters_learnt": learnt})
+        counts[f"language_{language}"] += 1
     pq.write_table(pa.Table.from_pylist(table, CONVERSATIONS), ctx.out / "conversations-00000.parquet")
     about = {"source": source.name, "license": source.license, "conversations": len(table)}
-    return about | {"left_out": len(rows) - len(table), **dict(sorted(counts.items()))}
+    return about | {"left_out": read - len(table), **dict(sorted(counts.items()))}
 
 
 def _read(source: Source, ctx: Context) -> Iterator[Raw]:
@@ -98,30 +125,13 @@ def _read(source: Source, ctx: Context) -> Iterator[Raw]:
         ctx.report(done, len(units), "parts")
 
 
-def messages_text(value: Any, field: str, where: str) -> str:
-    """The messages as JSON text; InputError if they are no conversation that can be learnt from."""
-    wrong = f"{where}: the field {field!r}"
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise InputError(f"{wrong} is text and no JSON; it must be a list of messages") from None
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise InputError(f"{wrong} is no list of messages, each an object with role and content")
-    messages = [_message(message, f"{wrong}, message {number}") for number, message in enumerate(value, start=1)]
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise InputError(f"{wrong} has a system message behind another; it may only be the first")
-    if "assistant" not in roles:
-        raise InputError(f"{wrong} has no message of the assistant: there is nothing to learn in it; leave it out")
-    return json.dumps(messages, ensure_ascii=False)
-
-
-def _message(message: dict[str, Any], where: str) -> dict[str, str]:
-    role, content = (message.get("role", message.get("from")), message.get("content", message.get("value")))
-    role = SHAREGPT.get(role, role)
-    if role not in ROLES:
-        raise InputError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}")
-    if not isinstance(content, str) or not content.strip():
-        raise InputError(f"{where}, of the {role}, says nothing: its content must be text")
-    return {"role": role, "content": content}
+def _in_our_form(row: str) -> str | None:
+    """The conversation with all its replies as `<think>…</think><answer>…</answer>`; None if one has no such form."""
+    messages, tools = json.loads(row)
+    for message in messages:
+        if message["role"] == "assistant":
+            reply = think_answer(message["content"])
+            if reply is None:
+                return None
+            message["content"] = reply
+    return json.dumps([messages, tools], ensure_ascii=False)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from infra.config import Config, Field
@@ -24,8 +25,8 @@ from stages.corpus import languages
 from stages.corpus.document import fraction
 from stages.corpus.sources import Source
 from stages.corpus.sources.files import HubDataset, JsonLines, Parquet
-from stages.ingest_conversations import messages_text
 from stages.rl.preferences import Preference, write_preferences
+from stages.tokens.messages import conversation_text
 
 
 class _Fields(Config):
@@ -37,23 +38,22 @@ class _Fields(Config):
     license: str = Field(min_length=1, description="SPDX expression, or what the owner calls it")
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        asked = (self.prompt_field, self.chosen_field, self.rejected_field, self.margin_field)
-        return tuple(name for name in asked if name)
+    def beside(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.prompt_field, self.rejected_field, self.margin_field) if name)
 
-    def pair_text(self, row: dict[str, Any], field: str, where: str) -> str:
+    def pair_text(self, value: Any, field: str, where: str, beside: Mapping[str, Any]) -> str:
         """Prompt, replies and margin of one row as JSON text; InputError if they are no pair to learn from."""
         for name in (self.rejected_field, self.margin_field):
-            if name and name not in row:
+            if name and name not in beside:
                 raise InputError(f"{where}: no field {name!r}; set source.rejected_field or source.margin_field")
-        prompt = _prompt(row.get(self.prompt_field), self.prompt_field, where)
-        before, chosen = _side(row[self.chosen_field], prompt, self.chosen_field, where)
-        other, rejected = _side(row[self.rejected_field], prompt, self.rejected_field, where)
+        prompt = _prompt(beside.get(self.prompt_field), self.prompt_field, where)
+        before, chosen = _side(value, prompt, field, where)
+        other, rejected = _side(beside[self.rejected_field], prompt, self.rejected_field, where)
         if before != other:
             raise InputError(f"{where}: the two conversations differ before their last turn; a pair has one prompt")
         if chosen == rejected:
             raise InputError(f"{where}: both replies are the same: nothing is preferred; leave the row out")
-        margin = row[self.margin_field] if self.margin_field else None
+        margin = beside[self.margin_field] if self.margin_field else None
         if margin is not None and (not isinstance(margin, int | float) or not math.isfinite(margin)):
             raise InputError(f"{where}: the field {self.margin_field!r} is {margin!r}; it must be a finite number")
         pair = {"prompt": json.dumps(before, ensure_ascii=False), "chosen": chosen, "rejected": rejected}
@@ -71,7 +71,7 @@ class PreferenceFiles(_Fields):
     def build(self) -> Source:
         source = {"jsonl": JsonLines, "parquet": Parquet}[self.format]
         about = (self.name, self.path, None, "preference", self.license, self.chosen_field, self.id_field)
-        return source(*about, convert=self.pair_text, option="source.chosen_field", columns=self.columns)
+        return source(*about, convert=self.pair_text, option="source.chosen_field", beside=self.beside)
 
 
 class PreferenceDataset(_Fields):
@@ -84,7 +84,7 @@ class PreferenceDataset(_Fields):
 
     def build(self) -> Source:
         place = (self.name, self.path, self.subset, self.split, self.chosen_field, None, "preference", self.license)
-        return HubDataset(*place, convert=self.pair_text, option="source.chosen_field", columns=self.columns)
+        return HubDataset(*place, convert=self.pair_text, option="source.chosen_field", beside=self.beside)
 
 
 class IngestPreferencesConfig(Config):
@@ -137,11 +137,15 @@ def _side(value: Any, prompt: list[dict[str, str]], field: str, where: str) -> t
         begins = value[0].get("role", value[0].get("from"))
         if begins in ("assistant", "gpt"):
             value = [*prompt, *value]
-    messages = json.loads(messages_text(value, field, where))
+    messages, _ = json.loads(conversation_text(value, field, where))
     *before, last = messages
     if not before or last["role"] != "assistant" or before[-1]["role"] == "assistant":
         raise InputError(
             f"{where}: the field {field!r} must end with one reply of the assistant to a prompt; where replies are "
             "text or one message, name the prompt's column in source.prompt_field"
+        )
+    if "tool_calls" in last:
+        raise InputError(
+            f"{where}: the field {field!r} ends with calls of tools; a reply that is preferred must be text"
         )
     return before, last["content"]

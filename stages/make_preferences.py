@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
-
-import pyarrow.parquet as pq
 
 from infra.config import Config, Field
 from infra.errors import InputError
 from infra.stage import Context, Inputs, one_of, stage
 from stages.corpus.document import fraction
 from stages.rl.preferences import Preference, write_preferences
+from stages.rl.rollout import read_rollouts
 
 COLUMNS = ("step", "problem_id", "language", "prompt", "completion", "finished", "reward", "accuracy")
 Row = Mapping[str, Any]
@@ -40,7 +38,7 @@ class MakePreferencesConfig(Config):
 @stage(version=1, takes={"rollouts": one_of("rollouts", "checkpoint")}, makes="preferences")
 def make_preferences(config: MakePreferencesConfig, inputs: Inputs, ctx: Context) -> dict:
     """Pair better with worse replies of rollouts, such as a grpo checkpoint keeps."""
-    rows = read_rollouts(inputs["rollouts"].path)
+    rows = list(read_rollouts(inputs["rollouts"].path, COLUMNS))
     pairs = choose(pair_up(rows, config, inputs["rollouts"].id), config)
     if not pairs:
         raise InputError(
@@ -56,16 +54,6 @@ def make_preferences(config: MakePreferencesConfig, inputs: Inputs, ctx: Context
         "mean_margin": round(sum(pair.margin or 0.0 for pair in pairs) / len(pairs), 4),
         **dict(sorted(counts.items())),
     }
-
-
-def read_rollouts(directory: Path) -> list[Row]:
-    """Replies of an artifact that keeps rollouts. InputError if it keeps none."""
-    paths = sorted(directory.glob("rollouts-*.parquet"))
-    if not paths:
-        raise InputError(
-            f"{directory} holds no rollouts-*.parquet: give rollouts, or a checkpoint of grpo that kept some"
-        )
-    return [row for path in paths for row in pq.read_table(path, columns=list(COLUMNS)).to_pylist()]
 
 
 def pair_up(rows: Iterable[Row], config: MakePreferencesConfig, source: str) -> list[Preference]:

@@ -2,16 +2,21 @@
 
 The replies are a `rollouts` artifact in the form of `stages/rl/rollout.py`, which rejection sampling, preference pairs,
 replay and distillation read. Every chunk is on disk as soon as it is there, so a killed run asks nothing twice.
+
+With `shots` each question comes behind worked examples: this is how R1's cold start is collected from R1-Zero
+(DeepSeek-R1, section 2.3.1: few-shot prompting with a long chain of thought as an example). What is kept of a reply is
+the question alone, so that who learns from it needs no examples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 from infra.config import Config, Field
 from infra.errors import InputError
 from infra.stage import Context, Inputs, stage
-from stages.problems.problem import read_problems
+from stages.problems.problem import Problem, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl.engines import EngineName
 from stages.rl.prompts import Template
@@ -24,6 +29,7 @@ GROUPS_PER_FILE = 1024
 class SampleConfig(Config):
     problems: ProblemFilter = Field(ProblemFilter(limit=1000), title="Problems", description="Of the training split")
     template: Template = Field("chat", title="Template")
+    shots: int = Field(0, ge=0, title="Shots", description="Worked examples of a question's family in front of it")
     samples: int = Field(8, ge=1, title="Samples a problem")
     max_new_tokens: int = Field(64, ge=1, title="Longest reply")
     temperature: float = Field(1.0, ge=0, title="Temperature")
@@ -39,6 +45,8 @@ def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
     if not problems:
         raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
+    examples = worked_examples(problems, config.shots)
+    problems = tuple(problem for problem in problems if problem not in examples)
     job = SampleJob(
         checkpoint=str(inputs["checkpoint"].path),
         problems=problems,
@@ -50,6 +58,7 @@ def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
         seed=config.seed,
         engine=config.engine,
         chunk=config.chunk,
+        examples=examples,
     )
     sums = dict.fromkeys(("accuracy", "format", "language_consistency", "tokens", "flops"), 0.0)
     solved = 0
@@ -69,3 +78,18 @@ def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
         "length": round(sums["tokens"] / samples, 2),
         "sample_flops": sums["flops"],
     }
+
+
+def worked_examples(problems: Sequence[Problem], shots: int) -> tuple[Problem, ...]:
+    """The first `shots` worked ones of each family and language. InputError where there are too few to ask any."""
+    examples: list[Problem] = []
+    for family, language in sorted({(problem.family, problem.language) for problem in problems}) if shots else ():
+        alike = [problem for problem in problems if (problem.family, problem.language) == (family, language)]
+        worked = [problem for problem in alike if problem.chain][:shots]
+        if len(worked) < shots or len(alike) == shots:
+            raise InputError(
+                f"shots: {family} in {language} has {len(alike)} problems here, {len(worked)} of them worked; ask for "
+                f"fewer than {shots}, or widen the filter"
+            )
+        examples += worked
+    return tuple(examples)

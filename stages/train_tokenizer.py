@@ -23,11 +23,12 @@ class TrainTokenizerConfig(Config):
     vocab_size: int = Field(4096, ge=300, le=2**20, description="marks, bytes and merges; 128,000 in V3")
     digits: Literal["single", "triples"] = Field("single", description="cut numbers to digits (V2) or threes (V3)")
     min_frequency: int = Field(2, ge=1, description="pairs rarer than this are not merged")
+    tool_marks: bool = Field(False, description="ids for the marks of tool calls, as V3 has; else they are spelt out")
     max_bytes: int | None = Field(None, ge=1, description="bytes of text to learn from, sampled; all when unset")
     seed: int = 0
 
 
-@stage(version=1, takes={"documents": "documents"}, makes="tokenizer")
+@stage(version=2, takes={"documents": "documents"}, makes="tokenizer")
 def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, ctx: Context) -> dict:
     """Learn a byte-level BPE vocabulary on both languages."""
     learn, held_out = [], []
@@ -36,7 +37,8 @@ def train_tokenizer(config: TrainTokenizerConfig, inputs: Inputs, ctx: Context) 
     if not learn:
         raise InputError("train_tokenizer was given no document: ingest more text, or loosen the filter")
     learn = _sample(learn, config)
-    tokenizer = bpe.train((document.text for document in learn), config.vocab_size, config.digits, config.min_frequency)
+    options = config.vocab_size, config.digits, config.min_frequency, config.tool_marks
+    tokenizer = bpe.train((document.text for document in learn), *options)
     tokenizer.save(ctx.out)
     return {
         "vocab_size": tokenizer.vocab_size,

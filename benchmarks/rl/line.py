@@ -30,7 +30,7 @@ from infra.store import ArtifactStore
 RL = ("r1_zero", "reasoning_rl")
 NODES = (
     *("generate_problems", "pretrain", "evaluate_base"),
-    *("r1_zero", "evaluate_r1_zero"),
+    *("r1_zero", "evaluate_r1_zero", "sample_zero", "cold_start_samples"),
     *("cold_start", "evaluate_cold_start", "reasoning_rl", "evaluate_reasoning_rl"),
 )
 
@@ -60,7 +60,8 @@ def main() -> None:
     settings = Settings.load()
     store = ArtifactStore(settings.store, settings.workspace)
     nodes = NODES[: NODES.index(arguments.until) + 1]
-    chosen = [f"{name}.problems.families={json.dumps(arguments.families)}" for name in nodes[2:]]
+    asking = [name for name in nodes[2:] if LINE.node(name).stage in ("evaluate", "grpo", "sample")]
+    chosen = [f"{name}.problems.families={json.dumps(arguments.families)}" for name in asking]
     configs = load_recipe(arguments.recipe).resolve(LINE, [*chosen, *arguments.set])
     made = {name: make(node(name), configs[name], store, settings) for name in nodes}
 

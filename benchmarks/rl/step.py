@@ -174,6 +174,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--commit", help="of a tree that is no checkout")
     arguments = parser.parse_args()
+    asked = [f"--device {arguments.device} --turns {arguments.turns}"]
+    for option in ("models", "ends", "kl", "micro_batches"):
+        if (given := getattr(arguments, option)) != parser.get_default(option):
+            asked.append(f"--{option.replace('_', '-')} {' '.join(map(str, given))}")
     logging.disable_progress_bar()
     setting, device = SETTINGS[arguments.device], arguments.device
     if arguments.micro_batches:
@@ -200,7 +204,7 @@ def main() -> None:
                 runs[case] = {"peer": dataclasses.asdict(peer), "ours": turns.ours, "trl": turns.theirs}
                 record.write(  # after every case: a run that is cut short leaves those that it finished
                     arguments.out / f"step_{device}.json",
-                    " ".join(["python", "benchmarks/rl/step.py", *sys.argv[1:]]),
+                    " ".join(["python benchmarks/rl/step.py", *asked]),
                     rows,
                     arguments.commit,
                     warm_up=arguments.warm_up,

@@ -20,7 +20,9 @@ from infra.config import Config, nearest
 from infra.errors import ConfigError
 
 Values = Mapping[str, Any]
-RECIPES = ("tiny", "h100", "v1_67b", "moe_2b", "moe_16b", "v2_lite", "v2", "v3")
+LINES = ("tiny", "h100", "v1_67b", "moe_2b", "moe_16b", "v2_lite", "v2", "v3")  # for every pipeline of the line
+REPRODUCTIONS = ("logic_rl", "tiny_zero", "open_r1")  # each for one pipeline from a published checkpoint
+RECIPES = (*LINES, *REPRODUCTIONS)
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,12 @@ class Recipe:
     doc: str
     configs: Mapping[str, Values]
     pins: Mapping[str, str] = field(default_factory=dict)
+    pipeline: str | None = None  # the only one that it is for
 
     def resolve(self, pipeline: Pipeline, settings: Iterable[str] = (), load: Load = stages.load) -> dict[str, Config]:
         """The checked config of every node, with `node.field=value` settings applied in order."""
+        if self.pipeline not in (None, pipeline.name):
+            raise ConfigError(f"recipe {self.name} is for the pipeline {self.pipeline}, not for {pipeline.name}")
         types = {node.name: load(node.stage).config_type for node in pipeline.nodes}
         changes: dict[str, list[tuple[list[str], Any]]] = {name: [] for name in types}
         for setting in settings:
@@ -50,7 +55,7 @@ def load_recipe(name: str) -> Recipe:
     """The recipe of that name; ConfigError names the nearest right one."""
     if name not in RECIPES:
         raise ConfigError(f"no recipe {name!r}; {nearest(name, RECIPES)}")
-    module = "published" if name.startswith(("v", "moe")) else name
+    module = "reproductions" if name in REPRODUCTIONS else "published" if name.startswith(("v", "moe")) else name
     return importlib.import_module(f"flows.recipes.{module}").recipe(name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.recipes import Recipe
+from flows.recipes import Recipe, tiny
 
 FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown", "compare", "sort", "reverse", "knights_and_knaves")
 ROLLOUT = {"max_new_tokens": 256}
@@ -41,6 +41,19 @@ RL = {
     "precision": "bf16",
     "importance_cap": 2.0,  # decoding and learning round otherwise
     **ROLLOUT,
+}
+# Round by round, and the reward model alone says what is good (DeepSeekMath, section 4.1.4).
+ROUND = {
+    "preferences": {"judge": "accuracy", "pairs_per_problem": 4},
+    "reward_model": {
+        **{"epochs": 1.0, "batch_size": 128, "micro_batch_tokens": 65536, "target": "response"},
+        "learning_rate": {"schedule": "cosine", "peak": 1e-4, "warmup_steps": 20},
+    },
+    "iterative_rl": {
+        **{"name": "iterative_rl", "steps": 100, **RL},
+        "rewards": {"accuracy": 0.0, "format": 0.1, "preference": 1.0},
+        "kl_coefficient": 0.04,
+    },
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -106,10 +119,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "needle": {"lengths": (1024, 2048, 4096, 8192, 16384), "depths": 9, "cases": 5},
         **GPU,
     },
+    "probe_r1": {"name": "r1", "cases": 100, **ROLLOUT},
+    "model_card_r1": {"name": "Fathom R1", "license": "apache-2.0"},
+    "promote_r1": {"tag": "r1@released", "require": ("pass_1 >= 0.5", "format >= 0.95", "chain_mixed <= 0.05")},
     "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 90, **RL},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ROLLOUT},
-    "cold_start": {"problems": {"limit": 8000}, **TUNE},
+    "sample_zero": {
+        **{"problems": {"limit": 8_000}, "template": "r1_zero", "samples": 4, "chunk": 32, **ROLLOUT},
+    },
+    "cold_start_samples": {"keep_per_problem": 2},
+    "cold_start": TUNE,
     "evaluate_cold_start": {"name": "cold_start", "samples": 16, **ROLLOUT},
     "reasoning_rl": {
         "name": "reasoning_rl",
@@ -120,6 +140,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_reasoning_rl": {"name": "reasoning_rl", "samples": 16, **ROLLOUT},
     "sample": {"problems": {"limit": 20_000}, "samples": 8, "chunk": 32, **ROLLOUT},
     "rejection_sample": {"keep_per_problem": 2},
+    "general": {"max_conversations": 20_000},
     "sft": TUNE,
     "final_rl": {
         "name": "final_rl",
@@ -139,6 +160,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_distill_qwen": {"name": "distilled_qwen", "samples": 16, **ROLLOUT},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "report": {"title": "The line on one GPU"},
+    "sample_start": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 32, **ROLLOUT},
+    **{f"{name}_{number}": values for number in (1, 2) for name, values in ROUND.items()},
+    "evaluate_iterative_rl": {"name": "iterative_rl", "samples": 16, **ROLLOUT},
+    "distill_equal": {**TUNE, "epochs": None, "budget": "student"},
+    "evaluate_distill_equal": {"name": "distilled_equal", "samples": 16, **ROLLOUT},
+    "distill_equal_all": {**TUNE, "epochs": None, "budget": "with_teacher"},
+    "evaluate_distill_equal_all": {"name": "distilled_equal_all", "samples": 16, **ROLLOUT},
+    "report_equal": {"title": "Distillation or reinforcement learning", "claims": tiny.EQUAL_COMPUTE, "rises": ()},
+    "r1_patterns": {"keep_per_problem": 2, "system_prompt": tiny.REFLECT},
+    "expert": {"problems": {"limit": 8000}, **TUNE},
+    "expert_rl": {
+        "name": "expert_rl",
+        "steps": 100,
+        "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1, "overlong": 0.2},
+        **RL,
+    },
+    "sample_expert": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 32, **ROLLOUT},
+    "concise": {"keep_per_problem": 1, "prefer": "shortest"},
+    "v3_sft": TUNE,
+    "evaluate_v3_sft": {"name": "v3_from_r1", "samples": 16, **ROLLOUT},
+    "report_v3": {"title": "R1's reasoning in a chat model", "claims": tiny.CONCISE, "rises": ()},
 }
 
 

@@ -80,10 +80,15 @@ def recipe(name: str) -> Recipe:
         pretrain |= balance
         extend |= balance
     changed: dict[str, dict[str, Any]] = {
-        "train_tokenizer": {"vocab_size": model.vocab_size, "digits": "triples" if name == "v3" else "single"},
+        "train_tokenizer": {
+            "vocab_size": model.vocab_size,
+            "digits": "triples" if name == "v3" else "single",
+            "tool_marks": name == "v3",
+        },
         "pretrain": pretrain,
         "extend_context": extend,
     }
+    changed["sample_zero"] = {**h100.CONFIGS["sample_zero"], "shots": 4}  # which ours are too small to read past
     changed |= {node: {**h100.CONFIGS[node], **R1_ZERO} for node in ("r1_zero", "reasoning_rl", "final_rl")}
     return Recipe(name, f"the published size {name}", {**h100.CONFIGS, **changed})
 

@@ -22,6 +22,7 @@ from flows.server.protocol import (
     Choice,
     CompletionRequest,
     token_logprobs,
+    told_calls,
     usage,
 )
 from infra.errors import InputError
@@ -29,8 +30,8 @@ from model import batch
 from model.generate import Piece, check_request
 from model.sampling import N_USES
 from stages.tokens.bpe import Tokenizer
-from stages.tokens.chat_template import render
-from stages.tokens.text_stream import ThinkingStream
+from stages.tokens.chat_template import JINJA, render
+from stages.tokens.text_stream import CallStream, ThinkingStream
 
 Body = CompletionRequest | ChatRequest
 
@@ -49,6 +50,8 @@ class Call:
         }
         self.choices = [Choice(service.tokenizer, body.stop) for _ in range(len(prompts) * body.n)]
         self.thinking = [ThinkingStream() for _ in self.choices]
+        offered = isinstance(body, ChatRequest) and body.offered
+        self.calling = [CallStream() for _ in self.choices] if offered else None
         self.offsets = [0] * len(self.choices)
         self.replies = service.engine.submit(service.requests(body, prompts))
 
@@ -72,12 +75,24 @@ class Call:
             said = stream.push(text) + (stream.close() if reason else [])
             for name, thinking in (("content", False), ("reasoning_content", True)):
                 part[name] = "".join(stretch.text for stretch in said if stretch.thinking == thinking)
+            part["tool_calls"] = None
+            if self.calling is not None:
+                part |= self._called(self.calling[piece.number], part["content"], reason)
             entries = token_logprobs(self.service.tokenizer, piece.tokens, piece.logprobs)
             part["logprobs"] = {"content": entries} if self.body.logprobs else None
         else:
             part["text"] = text
             part["logprobs"] = self._logprobs(piece) if self.body.logprobs is not None else None
         return part
+
+    def _called(self, stream: CallStream, content: str, reason: str | None) -> dict[str, Any]:
+        """The part's content without what may be calls, and at the end the calls, for which the model then stopped."""
+        content = stream.push(content)
+        if reason is None:
+            return {"content": content}
+        rest, calls = stream.close()
+        stopped = "tool_calls" if calls and reason == "stop" else reason
+        return {"content": content + rest, "tool_calls": told_calls(calls) or None, "finish_reason": stopped}
 
     def _logprobs(self, piece: Piece) -> dict[str, Any]:
         texts = [self.service.tokenizer.token(token) for token in piece.tokens]
@@ -128,6 +143,10 @@ class Call:
         said = {"role": "assistant", "content": part["content"]} if holder == "message" else {}
         if holder == "delta" and part["content"]:
             said["content"] = part["content"]
+        if part["tool_calls"]:
+            calls = part["tool_calls"]
+            said["tool_calls"] = calls if holder == "delta" else [{k: c[k] for k in c if k != "index"} for c in calls]
+            said |= {"content": part["content"] or None} if holder == "message" else {}
         if part["reasoning_content"]:
             said |= {"reasoning_content": part["reasoning_content"], "reasoning": part["reasoning_content"]}
         return {"index": number, holder: said, **rest}
@@ -188,8 +207,13 @@ class Service:
         ]
 
     def chat_prompt(self, body: ChatRequest) -> list[list[int]]:
-        messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        return [render(messages, self.tokenizer, generation_prompt=True)[0]]
+        if body.offered and self.tokenizer.template != JINJA:
+            raise ApiError("calls of tools are read in our own chat format, and this checkpoint has another", "tools")
+        try:
+            messages = [message.record() for message in body.messages]
+            return [render(messages, self.tokenizer, generation_prompt=True, tools=body.offered)[0]]
+        except InputError as error:
+            raise ApiError(str(error), "messages") from None
 
 
 def make_app(service: Service) -> FastAPI:

@@ -6,13 +6,16 @@ DeepSeek's API and vLLM do for R1: `reasoning_content`, and under `reasoning`, w
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from stages.tokens.bpe import Tokenizer
 from stages.tokens.text_stream import BROKEN, TextStream, hold_back
+from stages.tokens.tools import read_tool_calls
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions; a chat may fill the context
 
@@ -70,14 +73,55 @@ class TextPart(_Request):
     text: str
 
 
-class Message(_Request):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+class CalledFunction(_Request):
+    name: str
+    arguments: str
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+class ToolCall(_Request):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(_Request):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only the assistant has tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing: only a message with tool_calls may have none")
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """The message as a chat template reads it; InputError for arguments that are no JSON object."""
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        said: dict[str, Any] = {"role": self.role, "content": text}
+        if self.tool_calls:
+            said["tool_calls"] = read_tool_calls([call.model_dump() for call in self.tool_calls], "messages")
+        return said | ({"tool_call_id": self.tool_call_id} if self.tool_call_id else {})
+
+
+class OfferedFunction(_Request):
+    name: str = Field(min_length=1)
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: Literal[False] | None = None
+
+
+class Tool(_Request):
+    type: Literal["function"]
+    function: OfferedFunction
+
+    def record(self) -> dict[str, Any]:
+        return {"type": "function", "function": self.function.model_dump(exclude={"strict"})}
 
 
 class ChatRequest(_Sampling):
@@ -87,13 +131,20 @@ class ChatRequest(_Sampling):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=0)
+    tools: list[Tool] = []
+    tool_choice: Literal["auto", "none"] = "auto"  # "none": the tools are not offered
+    parallel_tool_calls: Literal[True] = True
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        return [tool.record() for tool in self.tools] if self.tool_choice == "auto" else []
 
 
 class Choice:
     """The text of one reply as its tokens come: whole characters, cut where the first stop string begins."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self.finish_reason: Literal["stop", "length"] | None = None
+        self.finish_reason: Literal["stop", "length", "tool_calls"] | None = None
         self.n_tokens = 0
         self._text, self._stops, self._eos, self._held = TextStream(tokenizer), stops, tokenizer.eos, ""
 
@@ -122,6 +173,22 @@ def token_logprobs(tokenizer: Tokenizer, tokens: Sequence[int], logprobs: Sequen
         content = None if BROKEN in text else list(text.encode())
         entries.append({"token": text, "logprob": logprob, "bytes": content, "top_logprobs": []})
     return entries
+
+
+def told_calls(calls: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls of tools as a response has them; a streamed one has them whole, in its last piece."""
+    return [
+        {
+            "index": number,
+            "id": f"call_{uuid.uuid4().hex}",
+            "type": "function",
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for number, call in enumerate(calls)
+    ]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

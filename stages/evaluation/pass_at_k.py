@@ -1,10 +1,15 @@
-"""pass@k and consensus from n samples of a problem (Chen et al. 2021; DeepSeek-R1, section 3)."""
+"""pass@k and maj@k from n samples of a problem, both as expectations over its k-subsets.
+
+pass@k is Chen et al. 2021's estimate. maj@k, the correctness of the majority answer of k samples (DeepSeek-R1's cons@k,
+DeepSeekMath's Maj@K), is counted over all k-subsets too, so that no luck of the draw is in the curve.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -15,14 +20,43 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def consensus(answers: Sequence[str | None], is_right: Callable[[str], bool]) -> float:
-    """Correctness of the most frequent answer (cons@n). None is a reply without an answer and has no vote.
+def curve_ks(n: int) -> tuple[int, ...]:
+    """The k of a curve from n samples: powers of two, and n."""
+    return tuple(sorted({2**power for power in range(n.bit_length())} | {n}))
 
-    Answers that share the first place are averaged, which is what a fair draw among them would give.
+
+def maj_at_k(answers: Sequence[str | None], is_right: Callable[[str], bool], ks: Sequence[int]) -> list[float]:
+    """Mean correctness of the most frequent answer over all k-subsets of the n samples, for each k ≤ n of `ks`.
+
+    None is a reply without an answer and has no vote. Answers that share the first place are averaged, which is what a
+    fair draw among them would give; a subset without any answer is wrong.
     """
-    votes = Counter(answer for answer in answers if answer is not None)
-    if not votes:
-        return 0.0
-    most = max(votes.values())
-    winners = [answer for answer, count in votes.items() if count == most]
-    return sum(is_right(answer) for answer in winners) / len(winners)
+    n, votes = len(answers), Counter(answer for answer in answers if answer is not None)
+    assert all(1 <= k <= n for k in ks), (n, ks)
+    shares_K = [Fraction()] * len(ks)
+    for winner in filter(is_right, votes):
+        others = [count for answer, count in votes.items() if answer != winner]
+        for most in range(1, votes[winner] + 1):
+            ways = _subsets(others, n - votes[winner] - sum(others), most)
+            for position, k in enumerate(ks):
+                won = sum(Fraction(ways[k - most, tied], tied + 1) for tied in range(len(others) + 1))
+                shares_K[position] += math.comb(votes[winner], most) * won / math.comb(n, k)
+    return [float(share) for share in shares_K]
+
+
+def _subsets(others: Sequence[int], abstained: int, most: int) -> Counter[tuple[int, int]]:
+    """How many sets of the other samples have (this size, so many answers exactly `most` times), and none more often.
+
+    Answers that occur fewer than `most` times can do neither harm nor good: any subset of them will do.
+    """
+    free = abstained + sum(count for count in others if count < most)
+    ways = Counter({(size, 0): math.comb(free, size) for size in range(free + 1)})
+    for count in others:
+        if count < most:
+            continue
+        grown: Counter[tuple[int, int]] = Counter()
+        for (size, tied), number in ways.items():
+            for taken in range(most + 1):
+                grown[size + taken, tied + (taken == most)] += number * math.comb(count, taken)
+        ways = grown
+    return ways

@@ -47,3 +47,26 @@ def plot_intervals(path: Path, labels: Sequence[str], values: Sequence[tuple[flo
     axes.set_title(title, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def plot_pass_and_maj(path: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """pass@k and maj@k side by side on one scale, a line with its band for each name's `scores.curve` rows."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left = None
+    for column, (measure, title) in enumerate((("pass", "pass@k: any is right"), ("maj", "maj@k: the majority is"))):
+        axes = left = figure.add_subplot(1, 2, column + 1, sharey=left)
+        for name, rows in curves.items():
+            ks = [row["k"] for row in rows]
+            (line,) = axes.plot(ks, [row[measure] for row in rows], "o-", markersize=3, linewidth=1.2, label=name)
+            bounds = [[row[f"{measure}_{end}"] for row in rows] for end in ("low", "high")]
+            axes.fill_between(ks, *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
+        ticks = sorted({row["k"] for rows in curves.values() for row in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, labels=[str(k) for k in ticks])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("k samples")
+        axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)

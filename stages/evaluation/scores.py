@@ -7,8 +7,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.evaluation.intervals import bootstrap_mean
-from stages.evaluation.pass_at_k import consensus, pass_at_k
+from stages.evaluation.intervals import Interval, bootstrap_mean
+from stages.evaluation.pass_at_k import curve_ks, maj_at_k, pass_at_k
 from stages.problems.problem import Problem
 from stages.problems.verify import ballot, verify
 from stages.rl.rewards import parse
@@ -23,17 +23,21 @@ PROBLEM_SCHEMA = pa.schema(
     ]
     + [("samples", pa.int32())]
     + [(name, pa.float64()) for name in ("pass_1", "pass_k", "consensus", "format", "language_consistency", "length")]
+    + [(name, pa.list_(pa.float64())) for name in ("pass_at_k", "maj_at_k")]  # at `curve_ks(samples)`
 )
 MEASURES = ("pass_1", "pass_k", "consensus", "format", "language_consistency", "length")
 
 
 def problem_record(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the n samples of one problem say. pass_1 is their mean correctness, pass_k that any of them is right."""
-    n = len(rows)
+    """What the n samples of one problem say. pass_1 is their mean correctness, pass_k that any of them is right, and
+    consensus that of their majority: the ends of the two curves."""
+    n, ks = len(rows), curve_ks(len(rows))
     correct = sum(row["accuracy"] >= 1 for row in rows)
     replies = [parse(row["completion"]) for row in rows]
     ballots = {ballot(problem, reply.answer): reply.answer for reply in replies if reply}
     votes = [ballot(problem, reply.answer) if reply else None for reply in replies]
+    passes = [pass_at_k(n, correct, k) for k in ks]
+    majorities = maj_at_k(votes, lambda vote: verify(problem, ballots[vote]), ks)
     return {
         "problem_id": problem.id,
         "family": problem.family,
@@ -41,13 +45,28 @@ def problem_record(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str
         "level": problem.level,
         "content": problem.content,
         "samples": n,
-        "pass_1": pass_at_k(n, correct, 1),
-        "pass_k": pass_at_k(n, correct, n),
-        "consensus": consensus(votes, lambda vote: verify(problem, ballots[vote])),
+        "pass_1": passes[0],
+        "pass_k": passes[-1],
+        "consensus": majorities[-1],
         "format": sum(row["format"] for row in rows) / n,
         "language_consistency": sum(row["language_consistency"] for row in rows) / n,
         "length": sum(row["tokens"] for row in rows) / n,
+        "pass_at_k": passes,
+        "maj_at_k": majorities,
     }
+
+
+def curve(records: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """One row a k: pass@k and maj@k over all problems, each with its 95 % interval."""
+    contents = [record["content"] for record in records]
+    rows = []
+    for position, k in enumerate(curve_ks(records[0]["samples"])):
+        row: dict[str, Any] = {"k": k}
+        for name in ("pass", "maj"):
+            values = [record[f"{name}_at_k"][position] for record in records]
+            row |= _named(name, bootstrap_mean(values, contents, seed=seed))
+        rows.append(row)
+    return rows
 
 
 def table(records: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
@@ -67,9 +86,12 @@ def _measures(members: Sequence[dict[str, Any]], seed: int) -> dict[str, float]:
     figures = {}
     contents = [member["content"] for member in members]
     for measure in MEASURES:
-        interval = bootstrap_mean([member[measure] for member in members], contents, seed=seed)
-        figures |= {measure: interval.mean, f"{measure}_low": interval.low, f"{measure}_high": interval.high}
+        figures |= _named(measure, bootstrap_mean([member[measure] for member in members], contents, seed=seed))
     return figures
+
+
+def _named(measure: str, interval: Interval) -> dict[str, float]:
+    return {measure: interval.mean, f"{measure}_low": interval.low, f"{measure}_high": interval.high}
 
 
 def _all_first(key: tuple[str, str]) -> tuple[tuple[bool, str], ...]:

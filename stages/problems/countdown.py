@@ -15,21 +15,32 @@ from stages.problems.problem import Language
 # level -> (how many numbers, largest number, signs, most misses shown in a chain)
 COUNTDOWN_LEVELS = {1: (3, 9, "+-", 2), 2: (3, 12, "+-", 2), 3: (3, 12, "+-*", 2), 4: (4, 12, "+-*", 2)}
 LARGEST_TARGET = 150
+# The wide game has the numbers of TinyZero's data set (three or four up to 99, division among the signs); no bound but
+# LARGEST_TARGET on what is met on the way.
+WIDE_LEVELS = {1: (3, 99, "+-*/", 2), 2: (4, 99, "+-*/", 2)}
 
 
 def apply(left: int, sign: str, right: int) -> int:
-    return left + right if sign == "+" else left - right if sign == "-" else left * right
+    return {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[sign]
 
 
 def try_once(rng: Random, numbers: list[int], signs: str) -> tuple[str, list[str], int]:
-    """A random left-to-right expression over `numbers`: (expression, its steps, its value); never below zero."""
+    """A random left-to-right expression over `numbers`: (expression, its steps, its value); never below zero or broken.
+
+    Divisions leave no remainder.
+    """
     order = rng.sample(numbers, len(numbers))
     expression, value, steps = str(order[0]), order[0], []
     for position, number in enumerate(order[1:]):
-        allowed = [s for s in signs if (s != "-" or value >= number) and (s != "*" or value * number <= LARGEST_TARGET)]
-        sign = rng.choice(allowed)
+        possible = {
+            "+": True,
+            "-": value >= number,
+            "*": value * number <= LARGEST_TARGET,
+            "/": value % number == 0,
+        }
+        sign = rng.choice([sign for sign in signs if possible[sign]])
         # Left to right: a product after a sum needs parentheses around what came before.
-        bracket = sign == "*" and position > 0 and any(s in expression for s in "+-")
+        bracket = sign in "*/" and position > 0 and any(s in expression for s in "+-")
         expression = f"({expression}){sign}{number}" if bracket else f"{expression}{sign}{number}"
         result = apply(value, sign, number)
         steps.append(f"{value}{sign}{number}={result}")
@@ -38,7 +49,14 @@ def try_once(rng: Random, numbers: list[int], signs: str) -> tuple[str, list[str
 
 
 def draw(rng: Random, level: int) -> Numbers:
-    count, largest, signs, misses = COUNTDOWN_LEVELS[level]
+    return draw_from(rng, *COUNTDOWN_LEVELS[level])
+
+
+def draw_wide(rng: Random, level: int) -> Numbers:
+    return draw_from(rng, *WIDE_LEVELS[level])
+
+
+def draw_from(rng: Random, count: int, largest: int, signs: str, misses: int) -> Numbers:
     numbers = [rng.randint(1, largest) for _ in range(count)]
     target = sum(numbers)
     while target == sum(numbers):  # adding everything up would answer a third of all questions without a thought
@@ -66,11 +84,9 @@ def write(numbers: Numbers, language: Language, rng: Random) -> Written:
     return Written(question, stop.join(said), expression, {"numbers": given, "target": target})
 
 
-COUNTDOWN = Family(
-    "countdown",
-    "countdown",
-    len(COUNTDOWN_LEVELS),
-    draw,
-    write,
-    lambda numbers: f"{sorted(numbers['numbers'])}->{numbers['target']}",
-)
+def content(numbers: Numbers) -> str:
+    return f"{sorted(numbers['numbers'])}->{numbers['target']}"
+
+
+COUNTDOWN = Family("countdown", "countdown", len(COUNTDOWN_LEVELS), draw, write, content)
+COUNTDOWN_WIDE = Family("countdown_wide", "countdown", len(WIDE_LEVELS), draw_wide, write, content)

@@ -9,15 +9,22 @@ from typing import Literal
 
 from infra.errors import ConfigError
 from stages.problems.arithmetic import CHAIN_SUM, GCD, WORD_SUM
-from stages.problems.countdown import COUNTDOWN
+from stages.problems.countdown import COUNTDOWN, COUNTDOWN_WIDE
 from stages.problems.family import Family
+from stages.problems.functions import FUNCTIONS
+from stages.problems.islanders import ISLANDERS
 from stages.problems.knights_and_knaves import KNIGHTS_AND_KNAVES
 from stages.problems.lists import COMPARE, REVERSE, SORT
 from stages.problems.problem import Language, Problem, Split, digest
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (CHAIN_SUM, WORD_SUM, GCD, COUNTDOWN, COMPARE, SORT, REVERSE, KNIGHTS_AND_KNAVES)
+    family.name: family
+    for family in (
+        *(CHAIN_SUM, WORD_SUM, GCD, COUNTDOWN, COMPARE, SORT, REVERSE, KNIGHTS_AND_KNAVES),
+        *(COUNTDOWN_WIDE, ISLANDERS, FUNCTIONS),
+    )
 }
+WITHOUT_SANDBOX = tuple(name for name, family in FAMILIES.items() if family.verifier != "code")
 FamilyName = Literal[tuple(FAMILIES)]  # type: ignore[valid-type]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
 PATIENCE = 5000  # draws in a row that give nothing new before we call a family exhausted

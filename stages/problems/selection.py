@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from infra.config import Config, Field
-from stages.problems.boxed import require
 from stages.problems.problem import Language, Problem
 from stages.problems.registry import FamilyName
+from stages.problems.verify import require
 
 
 class ProblemFilter(Config):
@@ -19,7 +19,7 @@ class ProblemFilter(Config):
     limit: int | None = Field(None, ge=1, title="At most", description="The first so many that pass; None: all")
 
     def select(self, problems: Iterable[Problem]) -> tuple[Problem, ...]:
-        """Those that pass; `ConfigError` if one of them needs a verifier that is not installed."""
+        """Those that pass; `ConfigError` if one of them needs a verifier that does not work here."""
         chosen = [
             problem
             for problem in problems

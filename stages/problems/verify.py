@@ -1,18 +1,23 @@
-"""Verifiers: is this text a right answer? Total functions: any string gives True or False, never an error.
+"""Verifiers: is this text a right answer? Total functions: any string gives a verdict, never an error.
 
 An answer must *be* the answer. Nothing is searched inside longer text ("the answer is 4" is wrong), because a verifier
-that rewards containment is a verifier that reinforcement learning will find.
+that rewards containment is a verifier that reinforcement learning will find. Programs are the exception that proves
+it: prose around a ```python block is not run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from stages.problems import boxed as formulas
+from stages.problems import gym
 from stages.problems.boxed import boxed, cut, readings, tidy
 from stages.problems.expression import SAME_SIGN, ExpressionError, evaluate
 from stages.problems.problem import Problem
+from stages.problems.programs import code, program_of, run_tests, runner
 
 MAX_ANSWER = 200  # characters; longer text is not an answer to any of our questions
 
@@ -49,14 +54,73 @@ def roles(text: str, arguments: Mapping[str, Any]) -> bool:
 
 
 VERIFIERS: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {
-    check.__name__: check for check in (integer, integers, digits, countdown, roles, boxed)
+    check.__name__: check
+    for check in (integer, integers, digits, countdown, roles, boxed, code, gym.text, gym.reasoning_gym)
 }
 
 
-def verify(problem: Problem, text: str) -> bool:
-    """Whether `text`, the whole content of `<answer>`, answers `problem`. Surrounding spaces are forgiven."""
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """`share`: of a program's tests that it passes, 1 or 0 for any other answer. `reason`: why it is wrong, else ""."""
+
+    right: bool
+    share: float
+    reason: str
+
+
+def judge(problem: Problem, text: str, every_test: bool = False) -> Verdict:
+    """What `text`, the whole content of `<answer>`, is worth as an answer to `problem`. Spaces around are forgiven.
+
+    `every_test` goes on after a program's first failure: only then is `share` more than all or nothing.
+    """
+    if problem.verifier == "code":
+        score = run_tests(text, problem.arguments, all_or_nothing=not every_test)
+        return Verdict(score.score == 1, score.score, next((reason for reason in score.reasons if reason), ""))
     answer = _answer(problem, text)
-    return len(answer) <= MAX_ANSWER and VERIFIERS[problem.verifier](_plain(answer), problem.arguments)
+    if len(answer) > MAX_ANSWER:
+        return Verdict(False, 0.0, f"longer than {MAX_ANSWER} characters")
+    right = VERIFIERS[problem.verifier](_plain(answer), problem.arguments)
+    return Verdict(right, float(right), "" if right else "wrong answer")
+
+
+def verify(problem: Problem, text: str) -> bool:
+    """Whether `text` answers `problem`, as `judge` says."""
+    return judge(problem, text).right
+
+
+def require(problems: Iterable[Problem]) -> None:
+    """Raise `ConfigError` if a problem needs what does not work here: math-verify, reasoning-gym or a sandbox."""
+    problems = tuple(problems)
+    formulas.require(problems)
+    verifiers = {problem.verifier for problem in problems}
+    if "code" in verifiers:
+        runner()
+    if "reasoning_gym" in verifiers:
+        gym.require()
+
+
+ROLES = ("knight", "knave", "骑士", "骗子")
+
+
+def readable(problem: Problem, text: str) -> bool:
+    """Whether `text` has the form of an answer to `problem`, right or wrong: what Logic-RL calls parseable."""
+    answer = _plain(_answer(problem, text)[: MAX_ANSWER + 1])
+    if not answer or (len(answer) > MAX_ANSWER and problem.verifier != "code"):
+        return False
+    parts = [part for part in re.split(r"[ ,，、]+", answer.lower()) if part]
+    match problem.verifier:
+        case "roles":
+            return len(parts) == len(problem.arguments["values"]) and all(part in ROLES for part in parts)
+        case "integer" | "digits":
+            return re.fullmatch(r"-?[0-9]+", answer) is not None
+        case "integers":
+            return all(re.fullmatch(r"-?[0-9]+", part) for part in parts)
+        case "countdown":
+            try:
+                evaluate(answer)
+            except ExpressionError:
+                return False
+    return True
 
 
 def ballot(problem: Problem, text: str) -> str:
@@ -65,6 +129,8 @@ def ballot(problem: Problem, text: str) -> str:
     Two expressions say the same if they are worth the same and use the same numbers; two numbers in any spelling, if
     they are equal; two formulas, if they are written alike.
     """
+    if problem.verifier == "code":  # programs that are written alike but for spaces at the ends of lines
+        return "\n".join(line.rstrip() for line in program_of(text).split("\n"))
     plain = _plain(_answer(problem, text)[:MAX_ANSWER])
     if problem.verifier == "countdown":
         try:

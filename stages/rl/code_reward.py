@@ -28,10 +28,13 @@ class InputTest:
 
 @dataclasses.dataclass(frozen=True)
 class CallTest:
-    """`function(*arguments)` returns `value`. Both are JSON; a tuple counts as a list, floats are right to 1e-9."""
+    """`function(*arguments)` returns `value`. Both are JSON; a tuple counts as a list, floats are right to 1e-9.
+
+    Arguments that JSON cannot tell, such as tuples, are given as the text of a Python literal: "((1, 2), {3})".
+    """
 
     function: str
-    arguments: Sequence[Any]
+    arguments: Sequence[Any] | str
     value: Any
 
 
@@ -83,10 +86,11 @@ def with_calls(program: str, calls: Sequence[CallTest]) -> str:
     lines = [program, "import json as _json"]
     for index, call in enumerate(calls):
         assert call.function.isidentifier()
-        arguments = json.dumps(list(call.arguments))
+        literal = isinstance(call.arguments, str)
+        given = call.arguments if literal else f"_json.loads({json.dumps(list(call.arguments))!r})"
         lines += [
             "try:",
-            f"    _value = _json.dumps({call.function}(*_json.loads({arguments!r})))",
+            f"    _value = _json.dumps({call.function}(*{given}))",
             f"    print('\\n{MARK}{index} =', _value, flush=True)",
             "except Exception as _error:",
             f"    print('\\n{MARK}{index} !', type(_error).__name__ + ':', _error, flush=True)",

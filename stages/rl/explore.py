@@ -29,6 +29,7 @@ class Asking:
     group_size: int
     rewards: RewardWeights
     target_language: Language | None = None  # None: each question's own
+    examples: tuple[Problem, ...] = ()  # shown in front of a question of the same family and language
 
 
 class Explorer:
@@ -90,7 +91,10 @@ class Explorer:
 
     def _ask(self, problems: Sequence[Problem], seed: int) -> list[Rollout]:
         asking, tokenizer = self.asking, self.tokenizer
-        prompts = [prompt_ids(problem.question, asking.template, tokenizer) for problem in problems]
+        prompts = [
+            prompt_ids(problem.question, asking.template, tokenizer, similar(asking.examples, problem))
+            for problem in problems
+        ]
         asked = [pair for pair in zip(problems, prompts, strict=True) for _ in range(asking.group_size)]
         replies = self.engine.generate([prompt for _, prompt in asked], asking.sampling, seed)
         rollouts = []
@@ -100,3 +104,8 @@ class Explorer:
             verdict = score(problem, text, reply.finished, asking.rewards, asking.target_language, *length)
             rollouts.append(Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict))
         return self.judges.judge(rollouts, tokenizer)
+
+
+def similar(examples: Sequence[Problem], problem: Problem) -> list[Problem]:
+    """The examples of the problem's family and language."""
+    return [one for one in examples if (one.family, one.language) == (problem.family, problem.language)]

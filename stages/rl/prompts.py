@@ -5,6 +5,9 @@
 table 1); a model of a few million parameters cannot follow a description, and tokens are dear, so ours is the bare
 question on its line: the format itself, `<think>…</think><answer>…</answer>`, is known from the worked problems in the
 pre-training mix (`Problem.worked`).
+
+Examples, worked problems in front of the question, are earlier turns of the chat, or texts of their own before the bare
+question, as the pre-training mix has them one after the other.
 """
 
 from __future__ import annotations
@@ -12,18 +15,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from stages.problems.problem import Problem
 from stages.tokens.bpe import Tokenizer
-from stages.tokens.chat_template import render
+from stages.tokens.chat_template import assistant_content, render
 
 Template = Literal["r1_zero", "chat"]
 
 
-def prompt_ids(question: str, template: Template, tokenizer: Tokenizer) -> list[int]:
+def prompt_ids(question: str, template: Template, tokenizer: Tokenizer, examples: Sequence[Problem] = ()) -> list[int]:
     """The ids that the reply continues."""
     if template == "chat":
-        ids, _ = render([{"role": "user", "content": question}], tokenizer, generation_prompt=True)
+        turns = [turn for example in examples for turn in worked_turns(example)]
+        ids, _ = render([*turns, {"role": "user", "content": question}], tokenizer, generation_prompt=True)
         return ids
-    return [*tokenizer.opening, *tokenizer.encode(question + "\n")]
+    shown = [[*tokenizer.opening, *tokenizer.encode(example.worked), tokenizer.eos] for example in examples]
+    return [*(token for ids in shown for token in ids), *tokenizer.opening, *tokenizer.encode(question + "\n")]
+
+
+def worked_turns(problem: Problem) -> list[dict[str, str]]:
+    """A problem and its worked reply as a user's turn and the assistant's."""
+    reply = assistant_content(problem.chain, problem.answer)
+    return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": reply}]
 
 
 def reply_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:

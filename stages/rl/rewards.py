@@ -1,20 +1,26 @@
-"""Rule rewards of R1: accuracy, format, language consistency (DeepSeek-R1, sections 2.2.2 and 2.3.2); two penalties.
+"""Rule rewards of R1: accuracy, format, language consistency (DeepSeek-R1, sections 2.2.2 and 2.3.2), tests of code;
+two penalties.
 
 Rules and no neural reward model, because a large-scale learner hacks a neural one. Every rule here is total: any text
 gets a number in [0, 1]. A reply is judged whole: it must be exactly `<think>…</think><answer>…</answer>` and then end.
 
-A new rule is a pure function in `REWARDS` or `PENALTIES` and a weight of its name in `RewardWeights`.
+A new rule is a pure function in `REWARDS` or `PENALTIES` and a weight of its name in `RewardWeights`. A new way to pay
+for the rules, such as Logic-RL's, is a function in `SCHEMES`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
+from typing import Literal
+
+from pydantic import model_validator
 
 from infra.config import Config, Field
 from stages.problems.problem import Language, Problem
-from stages.problems.verify import verify
+from stages.problems.verify import Verdict, judge, readable
 
 REPLY = re.compile(r"<think>(?P<chain>.*?)</think><answer>(?P<answer>.*?)</answer>", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -22,23 +28,53 @@ HAN = r"[㐀-䶿一-鿿豈-﫿]"
 WORD = re.compile(rf"(?P<han>{HAN})|(?P<letters>(?:(?!{HAN})[^\W\d_])+)")
 LATIN = re.compile(r"[A-Za-zÀ-ɏ]+")
 UNIT = re.compile(rf"{HAN}|(?:(?!{HAN})\w)+|[^\w\s]")  # what repeats: a Han character, a word or number, a sign
+# What is in no language: blocks of code, code between backquotes, LaTeX commands.
+NO_LANGUAGE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|\\[A-Za-z]+", re.DOTALL)
 NGRAM = 4
+
+Scheme = Literal["weighted", "logic_rl", "cosine"]
+
+
+class CosineLength(Config):
+    """What a reply is paid at its shortest and at its longest; the defaults are Open-R1's and TRL's."""
+
+    right_short: float = Field(1.0, title="Right, short")
+    right_long: float = Field(0.5, title="Right, long")
+    wrong_short: float = Field(-1.0, title="Wrong, short")
+    wrong_long: float = Field(-0.5, title="Wrong, long")
+    cut_off: float = Field(-1.0, title="Cut off", description="A reply that did not end by itself")
 
 
 class RewardWeights(Config):
     """How the rules add up. R1-Zero: accuracy + format; R1's reasoning stage adds language consistency."""
 
+    scheme: Scheme = Field(
+        "weighted",
+        title="Scheme",
+        description="weighted: all rules by weight; logic_rl: Logic-RL's points instead of accuracy, format and tests; "
+        "cosine: accuracy by length",
+    )
+    cosine: CosineLength = Field(CosineLength(), title="Cosine", description="Points of the scheme cosine")
     accuracy: float = Field(1.0, ge=0, title="Accuracy", description="weight of a right answer")
     format: float = Field(0.2, ge=0, title="Format", description="weight of a well-formed reply")
     language: float = Field(0.0, ge=0, title="Language", description="weight of the share of target-language words")
     preference: float = Field(
         0.0, ge=0, title="Preference", description="What a point of the reward model is worth, if one is given"
     )
+    tests: float = Field(0.0, ge=0, title="Tests", description="weight of the share of tests that a program passes")
     repetition: float = Field(0.0, ge=0, title="Repetition", description="what a reply of nothing but repeats loses")
     overlong: float = Field(0.0, ge=0, title="Overlong", description="what a reply that fills its limit loses; DAPO: 1")
     overlong_margin: float = Field(
         0.2, gt=0, le=1, title="Overlong margin", description="Last share of the limit, where the loss grows; DAPO: 0.2"
     )
+
+    @model_validator(mode="after")
+    def _weights_fit_the_scheme(self) -> RewardWeights:
+        unused = {"weighted": ("cosine",), "logic_rl": ("cosine", "accuracy", "format", "tests"), "cosine": ()}
+        for name in unused[self.scheme]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"scheme={self.scheme} does not use {name}: leave it at its default")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +83,7 @@ class Judged:
 
     problem: Problem
     text: str
+    verdict: Verdict  # on its answer
     finished: bool
     language: Language  # the target
     tokens: int  # of the reply, its EOS included
@@ -55,10 +92,12 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What the rules say of one reply: `rules` by name, each in [0, 1], and `reward`, their weighted sum."""
+    """What the rules say of one reply: `rules` by name, each in [0, 1], `reward`, what they are paid, and the `reason`
+    why its answer is wrong ("" if it is right)."""
 
     reward: float
     rules: Mapping[str, float]
+    reason: str = ""
 
     @property
     def accuracy(self) -> float:
@@ -93,31 +132,47 @@ def format_reward(text: str, finished: bool) -> float:
     return float(finished and reply is not None and bool(reply.chain.strip()))
 
 
-def accuracy_reward(problem: Problem, text: str) -> float:
-    """1 if the text inside the only `<answer>…</answer>` is right; more than one answer is none."""
+def answer_of(problem: Problem, text: str) -> str | None:
+    """The text inside the only `<answer>…</answer>`; more than one answer is none.
+
+    A program may also stand in a ```python block behind the chain, where models that were not trained here put it.
+    """
+    if problem.verifier == "code" and "<answer>" not in text and "</answer>" not in text:
+        said = text.rpartition("</think>")[2]
+        return said if "```" in said else None
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
-        return 0.0
-    _, _, tail = text.partition("<answer>")
-    answer, closed, _ = tail.partition("</answer>")
-    return float(bool(closed) and verify(problem, answer))
+        return None
+    answer, closed, _ = text.partition("<answer>")[2].partition("</answer>")
+    return answer if closed else None
 
 
-def language_consistency(chain: str, language: Language) -> float:
+def verdict_on(problem: Problem, text: str, every_test: bool = False) -> Verdict:
+    """What the answer in a reply is worth; see `stages.problems.verify.judge`."""
+    answer = answer_of(problem, text)
+    return Verdict(False, 0.0, "no single answer") if answer is None else judge(problem, answer, every_test)
+
+
+def accuracy_reward(problem: Problem, text: str) -> float:
+    """1 if the reply's answer is right."""
+    return float(verdict_on(problem, text).right)
+
+
+def language_consistency(chain: str, language: Language, question: str = "") -> float:
     """Share of the chain's words that are in `language`: Han characters against runs of Latin letters.
 
-    Digits, signs and punctuation are neutral. A chain without any word scores 0: else falling silent
-    would be the easiest way to be consistent.
+    Digits, signs, punctuation and what is in no language (code, LaTeX, in Chinese a single Latin letter) are neutral,
+    and so are foreign words of the question itself: of `name` in "变量name" an answer has to speak. A chain without any
+    word scores 0: else falling silent would be the easiest way to be consistent.
     """
-    han = latin = other = 0
-    for match in WORD.finditer(chain):
-        if match["han"]:
-            han += 1
-        elif LATIN.fullmatch(match["letters"]):
-            latin += 1
-        else:
-            other += 1
-    words = han + latin + other
-    return {"zh": han, "en": latin}[language] / words if words else 0.0
+    asked = {match[0] for match in WORD.finditer(question)}
+    own = foreign = 0
+    for match in WORD.finditer(NO_LANGUAGE.sub(" ", chain)):
+        letters = match["letters"]
+        if (language == "zh") if match["han"] else (language == "en" and LATIN.fullmatch(letters)):
+            own += 1
+        elif match[0] not in asked and not (language == "zh" and letters and len(letters) == 1):
+            foreign += 1
+    return own / (own + foreign) if own else 0.0
 
 
 def chain_of(text: str) -> str:
@@ -143,9 +198,10 @@ def overlong(tokens: int, max_tokens: int, margin: int) -> float:
 
 
 REWARDS: dict[str, Callable[[Judged, RewardWeights], float]] = {
-    "accuracy": lambda reply, _: accuracy_reward(reply.problem, reply.text),
+    "accuracy": lambda reply, _: float(reply.verdict.right),
     "format": lambda reply, _: format_reward(reply.text, reply.finished),
-    "language": lambda reply, _: language_consistency(chain_of(reply.text), reply.language),
+    "language": lambda reply, _: language_consistency(chain_of(reply.text), reply.language, reply.problem.question),
+    "tests": lambda reply, _: reply.verdict.share,
 }
 PENALTIES: dict[str, Callable[[Judged, RewardWeights], float]] = {
     "repetition": lambda reply, _: repetition(reply.text),
@@ -155,6 +211,49 @@ PENALTIES: dict[str, Callable[[Judged, RewardWeights], float]] = {
 }
 RULES = (*REWARDS, *PENALTIES)
 JUDGED = ("preference", "process")  # what models say of a reply (`judges.py`), where there are any
+
+
+def weighted(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) -> float:
+    """Every rule by its weight."""
+    return sum(getattr(weights, name) * rules[name] for name in REWARDS)
+
+
+def logic_rl(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) -> float:
+    """Format ±1; the answer +2 if right, −1.5 if wrong, −2 if it is none or the form is broken (Xie et al. 2025,
+    Logic-RL, section 2.2). The form is ours: nothing may stand outside the tags."""
+    language = weights.language * rules["language"]
+    answer = answer_of(reply.problem, reply.text)
+    if not rules["format"] or answer is None:
+        return language - 3.0
+    if reply.verdict.right:
+        return language + 3.0
+    return language + 1.0 - (1.5 if readable(reply.problem, answer) else 2.0)
+
+
+def cosine(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) -> float:
+    """Right answers are paid more the shorter, wrong ones less the shorter, along half a cosine (Yeo et al. 2025,
+    Demystifying Long Chain-of-Thought Reasoning in LLMs, appendix C.1); the other rules by weight."""
+    points = weights.cosine
+    if not reply.finished:
+        paid = points.cut_off
+    elif reply.verdict.right:
+        paid = half_cosine(reply.tokens, reply.max_tokens, points.right_short, points.right_long)
+    else:
+        paid = half_cosine(reply.tokens, reply.max_tokens, points.wrong_short, points.wrong_long)
+    return weights.accuracy * (paid - rules["accuracy"]) + weighted(reply, rules, weights)
+
+
+def half_cosine(tokens: int, max_tokens: int, first: float, last: float) -> float:
+    """From `first` at 0 tokens to `last` at `max_tokens`, level at both ends."""
+    share = min(1.0, tokens / max_tokens) if max_tokens else 0.0
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
+
+SCHEMES: dict[Scheme, Callable[[Judged, Mapping[str, float], RewardWeights], float]] = {
+    "weighted": weighted,
+    "logic_rl": logic_rl,
+    "cosine": cosine,
+}
 
 
 def score(
@@ -167,8 +266,8 @@ def score(
     max_tokens: int = 0,
 ) -> Score:
     """Judge one reply that ended by itself (`finished`) or not. `language`: the target; None: the problem's own."""
-    reply = Judged(problem, text, finished, language or problem.language, tokens, max_tokens)
+    verdict = verdict_on(problem, text, every_test=weights.tests > 0)
+    reply = Judged(problem, text, verdict, finished, language or problem.language, tokens, max_tokens)
     rules = {name: rule(reply, weights) for name, rule in (REWARDS | PENALTIES).items()}
-    earned = sum(getattr(weights, name) * rules[name] for name in REWARDS)
     lost = sum(getattr(weights, name) * rules[name] for name in PENALTIES)
-    return Score(earned - lost, rules)
+    return Score(SCHEMES[weights.scheme](reply, rules, weights) - lost, rules, verdict.reason)

@@ -9,7 +9,8 @@ Three rules cut the text before any merge (DeepSeek-V3's tokenizer.json):
   3. letters with at most one leading mark, punctuation together with the newlines behind it (V3, section 4.1), spaces.
 
 `Tokenizer.encode` reads the text of a role marker or of BOS/EOS as ordinary characters: only the chat template and the
-corpus writer place those ids, so no document can forge a turn. `<think>` and its kind are ordinary vocabulary.
+corpus writer place those ids, so no document can forge a turn. `<think>` and its kind are ordinary vocabulary, and so
+are the marks of tool calls in a vocabulary that was trained with them (`tool_marks`); they have its last ids.
 
 A published model brings a byte-level BPE of its own. What the line needs to know of it is read from the files beside
 it (`bos_token`, `eos_token`, `pad_token`, chat template); its marks need not be DeepSeek's.
@@ -24,10 +25,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from infra.errors import ConfigError, InputError
 from stages.tokens.chat_template import JINJA
+from stages.tokens.tools import TOOL_MARKS
 
 Digits = Literal["single", "triples"]
 
@@ -98,6 +100,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def tokens(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no BOS, no EOS."""
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -143,22 +149,31 @@ class Tokenizer:
         (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def train(texts: Iterable[str], vocab_size: int, digits: Digits = "triples", min_frequency: int = 2) -> Tokenizer:
-    """Learn merges from `texts`. `vocab_size` counts the 9 marks and the 256 bytes. Same texts, same bytes out."""
-    floor = len(SPECIAL_TOKENS) + len(MARKUP_TOKENS) + 256
+def train(
+    texts: Iterable[str],
+    vocab_size: int,
+    digits: Digits = "triples",
+    min_frequency: int = 2,
+    tool_marks: bool = False,
+) -> Tokenizer:
+    """Learn merges from `texts`. `vocab_size` counts the 9 marks, the 256 bytes and, with `tool_marks`, those of tool
+    calls, which come last. Same texts, same bytes out."""
+    last = TOOL_MARKS if tool_marks else ()
+    floor = len(SPECIAL_TOKENS) + len(MARKUP_TOKENS) + 256 + len(last)
     if vocab_size <= floor:
         raise ConfigError(f"vocab_size={vocab_size} leaves no room for merges: marks and bytes alone take {floor}")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer(digits)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(last),
         min_frequency=min_frequency,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[*SPECIAL_TOKENS, *MARKUP_TOKENS],
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    backend.add_tokens([AddedToken(mark, normalized=False) for mark in last])
     # The trainer marks all of them special; the markup must be text.
     state = json.loads(backend.to_str())
     for added in state["added_tokens"]:

@@ -1,9 +1,11 @@
 """Conversations as token ids, in DeepSeek's chat format.
 
-    BOS [system] <｜User｜>question<｜Assistant｜><think>chain</think><answer>answer</answer>EOS
+    BOS [system] [tools] <｜User｜>question<｜Assistant｜><think>chain</think><answer>answer</answer>EOS
 
 `render` and the Jinja text that travels in `tokenizer_config.json` give the same ids; ours also refuses to read a role
-marker inside a message as a turn. The loss falls on what the assistant must learn to say: its content and the EOS.
+marker inside a message as a turn. The loss falls on what the assistant must learn to say: its content, its calls of
+tools (`stages.tokens.tools`) and the EOS. Behind a tool's reply the assistant's marker stands again, where DeepSeek's
+own template has none: so every reply begins behind a mark of its own, and no token lies half in a prompt.
 
 A published checkpoint that brings a template of its own is rendered by that one, as transformers does it. A message
 that contains one of its special tokens is refused there, and so is training through a template that drops a part of a
@@ -13,9 +15,10 @@ reply (R1's forgets the chain of thought), rewrites earlier turns or does not en
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infra.errors import InputError
+from stages.tokens.tools import HOW, TOOL_MARKS, Tools, calls_text, offer_text, output_text
 
 if TYPE_CHECKING:
     from stages.tokens.bpe import Tokenizer
@@ -23,70 +26,101 @@ if TYPE_CHECKING:
 # `generation` marks what the assistant says, for libraries that take the loss mask from the template (TRL).
 JINJA = (
     "{{ bos_token }}"
-    "{% for message in messages %}"
+    "{% set lead = messages and messages[0]['role'] == 'system' %}"
+    "{% if lead %}{{ messages[0]['content'] }}{% endif %}"
+    "{% if tools %}{% if lead %}{{ '\\n\\n' }}{% endif %}{{ '## Tools\\n' }}"
+    "{% for tool in tools %}{{ (tool['function'] | tojson) + '\\n' }}{% endfor %}"
+    f"{{{{ '{HOW}' }}}}"
+    "{% endif %}"
+    "{% for message in (messages[1:] if lead else messages) %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }}"
     "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% elif message['role'] == 'tool' %}{{ '<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}"
     "{% elif message['role'] == 'assistant' %}{{ '<｜Assistant｜>' }}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% generation %}{{ message['content'] or '' }}"
+    "{% if message['tool_calls'] %}{{ '<｜tool▁calls▁begin｜>' }}"
+    "{% for call in message['tool_calls'] %}{% set said = call['function']['arguments'] %}"
+    "{{ '<｜tool▁call▁begin｜>' + call['function']['name'] + '<｜tool▁sep｜>' }}"
+    "{{ (said if said is string else said | tojson) + '<｜tool▁call▁end｜>' }}"
+    "{% endfor %}{{ '<｜tool▁calls▁end｜>' }}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
 )
 
-
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+Message = Mapping[str, Any]
 
 
 def render(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, generation_prompt: bool = False
+    messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool = False, tools: Tools = ()
 ) -> tuple[list[int], list[int]]:
     """(ids, loss_mask), lists of equal length; loss_mask is 1 on every token that the assistant says.
 
-    `generation_prompt` opens the assistant's turn at the end. Raises InputError for an unknown role, for a tokenizer
-    without a template, and as the module's docstring says.
+    `generation_prompt` opens the assistant's turn at the end; `tools` are offered to it. Raises InputError for an
+    unknown role, for a tokenizer without a template, and as the module's docstring says.
     """
     for message in messages:
         if message["role"] not in ROLES:
             raise InputError(f"a message has the role {message['role']!r}: use {', '.join(ROLES)}")
     if tokenizer.template == JINJA:
-        return _deepseek(messages, tokenizer, generation_prompt)
+        return _deepseek(messages, tokenizer, generation_prompt, tools)
     if tokenizer.template is None:
         raise InputError(
             "the checkpoint's tokenizer has no chat template: add chat_template to its tokenizer_config.json "
             "before it is imported"
         )
-    return _published(messages, tokenizer, generation_prompt)
+    return _published(messages, tokenizer, generation_prompt, tools)
 
 
 def _deepseek(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, generation_prompt: bool
+    messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool, tools: Tools
 ) -> tuple[list[int], list[int]]:
     ids = list(tokenizer.opening)
     mask = [0] * len(ids)
-    for message in messages:
-        said, learned = tokenizer.encode(message["content"]), 0
+    unlearned = ""  # text that is read as one, until a mark ends it
+
+    def add(said: list[int], learned: int) -> None:
+        nonlocal unlearned
+        before, unlearned = tokenizer.encode(unlearned), ""
+        ids.extend(before + said)
+        mask.extend([0] * len(before) + [learned] * len(said))
+
+    lead = bool(messages) and messages[0]["role"] == "system"
+    for number, message in enumerate(messages):
+        content = message["content"] or ""
+        if tools and number == lead:
+            unlearned += ("\n\n" if lead else "") + offer_text(tools)
+        if message["role"] == "assistant":
+            add([tokenizer.assistant], 0)
+            add([*tokenizer.encode(content + calls_text(message.get("tool_calls") or ())), tokenizer.eos], 1)
+            continue
+        if forged := [mark for mark in TOOL_MARKS if mark in content]:
+            raise InputError(f"a message of the {message['role']} contains {forged[0]!r}, a mark of the chat template")
         if message["role"] == "user":
-            said = [tokenizer.user, *said]
-        elif message["role"] == "assistant":
-            ids.append(tokenizer.assistant)
-            mask.append(0)
-            said, learned = [*said, tokenizer.eos], 1
-        ids += said
-        mask += [learned] * len(said)
-    if generation_prompt:
-        ids.append(tokenizer.assistant)
-        mask.append(0)
+            add([tokenizer.user], 0)
+        unlearned += output_text(content) if message["role"] == "tool" else content
+    if tools and len(messages) == lead:
+        unlearned += ("\n\n" if lead else "") + offer_text(tools)
+    add([tokenizer.assistant] if generation_prompt else [], 0)
     return ids, mask
 
 
 def _published(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, generation_prompt: bool
+    messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool, tools: Tools
 ) -> tuple[list[int], list[int]]:
     """Turn by turn, the prompt of each reply encoded as at inference, so that training sees the same ids."""
     for message in messages:
-        if forged := [mark for mark in tokenizer.special_ids if mark in message["content"]]:
+        if forged := [mark for mark in tokenizer.special_ids if mark in (message["content"] or "")]:
             raise InputError(f"a message contains {forged[0]!r}, a mark of this checkpoint's chat template")
-    whole = _text(messages, tokenizer, generation_prompt)
+    whole = _text(messages, tokenizer, generation_prompt, tools)
+    used = [*tools, *(call for message in messages for call in message.get("tool_calls") or ())]
+    if silent := [one["function"]["name"] for one in used if one["function"]["name"] not in whole]:
+        raise InputError(
+            f"this checkpoint's chat template does not tell of the tool {silent[0]!r}: put one that knows tools and "
+            "tool_calls into the tokenizer_config.json before it is imported, or leave tools out"
+        )
     ids: list[int] = []
     mask: list[int] = []
     done = ""
@@ -94,10 +128,10 @@ def _published(
     # from is checked and masked.
     replies = [] if generation_prompt else [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     for number in replies:
-        prompt = _text(messages[:number], tokenizer, True)
-        after = _text(messages[: number + 1], tokenizer, False)
+        prompt = _text(messages[:number], tokenizer, True, tools)
+        after = _text(messages[: number + 1], tokenizer, False, tools)
         reply = after.removeprefix(prompt)
-        kept = "".join(messages[number]["content"].split()) in "".join(reply.split())
+        kept = "".join((messages[number]["content"] or "").split()) in "".join(reply.split())
         if not (prompt.startswith(done) and after.startswith(prompt) and whole.startswith(after) and kept):
             raise InputError(
                 "this checkpoint's chat template drops or rewrites what the assistant says, so that it cannot be "
@@ -117,7 +151,7 @@ def _published(
     return ids + rest, mask + [0] * len(rest)
 
 
-def _text(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, generation_prompt: bool) -> str:
+def _text(messages: Sequence[Message], tokenizer: Tokenizer, generation_prompt: bool, tools: Tools) -> str:
     """The template's output, rendered as transformers renders it."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -126,11 +160,12 @@ def _text(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, generatio
     try:
         (text,), _ = render_jinja_template(
             [list(messages)],
+            tools=[dict(tool) for tool in tools] or None,
             chat_template=tokenizer.template,
             add_generation_prompt=generation_prompt,
             **{name: mark for name, mark in marks.items() if mark is not None},
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # a TypeError: it adds text to what is none
         raise InputError(f"this checkpoint's chat template refuses the conversation: {error}") from None
     return text
 

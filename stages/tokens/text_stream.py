@@ -7,9 +7,10 @@ pieces, so both streams hold back what the next piece could still change, and no
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stages.tokens.bpe import Tokenizer
+from stages.tokens.tools import CALLS, read_calls
 
 THINK, END_THINK = "<think>", "</think>"
 BROKEN = "\ufffd"  # what bytes that are no character are decoded to, a character that is not whole yet among them
@@ -69,6 +70,29 @@ class ThinkingStream:
     def close(self) -> list[Said]:
         held, self._held = self._held, ""
         return [Said(held, self._thinking)] if held else []
+
+
+class CallStream:
+    """Text of an answer in, what stands before its calls of tools out; the calls themselves when it is over."""
+
+    def __init__(self) -> None:
+        self._held, self._calling = "", False
+
+    def push(self, text: str) -> str:
+        self._held += text
+        if self._calling:
+            return ""
+        before, found, rest = self._held.partition(CALLS)
+        if found:
+            self._calling, self._held = True, found + rest
+            return before
+        ready, self._held = hold_back(before, [CALLS])
+        return ready
+
+    def close(self) -> tuple[str, list[dict[str, Any]]]:
+        """(text that was no call after all, the calls)."""
+        held, self._held = self._held, ""
+        return read_calls(held)
 
 
 def hold_back(text: str, markers: Iterable[str]) -> tuple[str, str]:

@@ -23,6 +23,8 @@ from stages.tokens.bpe import Tokenizer, load_tokenizer
 from stages.tokens.loader import PackedLoader, permute
 from stages.tokens.packing import LongDocuments, pack
 
+Example = tuple[Sequence[int], Sequence[int]]  # ids and loss mask of a conversation
+
 
 class Batch(NamedTuple):
     """Rows of T + 1 tokens: 0..T-1 are inputs, 1..T their targets. All int64 [B, T + 1]; None where unused."""
@@ -132,15 +134,20 @@ class _Rows:
         return Batch(tokens, mask, document, position)
 
 
-def write_packed(
-    path: Path, examples: Sequence[tuple[Sequence[int], Sequence[int]]], sequence_length: int, pad: int
-) -> int:
-    """Pack (ids, loss_mask) pairs into rows of sequence_length + 1 tokens and write them; the number of rows.
+def write_packed(path: Path, examples: Sequence[Example], sequence_length: int, pad: int) -> int:
+    """Pack (ids, loss_mask) pairs into rows of sequence_length + 1 tokens and write them; the number of rows."""
+    rows = pack_rows(examples, sequence_length + 1, pad)
+    with path.open("wb") as file:
+        np.savez(file, **rows)
+    return len(rows["tokens"])
+
+
+def pack_rows(examples: Sequence[Example], width: int, pad: int) -> dict[str, np.ndarray]:
+    """(ids, loss_mask) pairs as rows of `width` tokens: tokens, loss_mask, document, position, each [rows, width].
 
     Every conversation keeps its own document number and positions from 0, so a packed row computes what its
     conversations compute alone. The padding at a row's end is a document of its own, learnt from by nobody.
     """
-    width = sequence_length + 1
     rows = pack([len(ids) for ids, _ in examples], width)
     tokens = np.full((len(rows), width), pad, np.int32)
     loss_mask = np.zeros((len(rows), width), np.int8)
@@ -155,6 +162,4 @@ def write_packed(
             document[row, span], position[row, span] = number, np.arange(len(ids))
             start = span.stop
         document[row, start:], position[row, start:] = len(items), np.arange(width - start)
-    with path.open("wb") as file:
-        np.savez(file, tokens=tokens, loss_mask=loss_mask, document=document, position=position)
-    return len(rows)
+    return {"tokens": tokens, "loss_mask": loss_mask, "document": document, "position": position}

@@ -96,6 +96,17 @@ class Optimization(Config):
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """A teacher whose next-token distribution a student learns, in place of the text (stages/rl/distiller.py)."""
+
+    teacher: str  # checkpoint with the student's tokenizer
+    on_policy: bool  # on replies of the student's own, in place of the conversations'
+    beta: float  # 0: forward KL, 1: reverse KL, between: the generalised Jensen-Shannon divergence
+    temperature: float  # of both distributions
+    max_new_tokens: int  # of a reply of its own
+
+
+@dataclass(frozen=True)
 class TrainJob:
     """All that a rank needs; picklable. Paths, `save_every` and `retention` are context: they change no result."""
 
@@ -115,6 +126,7 @@ class TrainJob:
     report_every: int = 1
     steps_before: int = 0  # reported steps of earlier phases of the same stage
     steps_in_all: int = 0  # of all phases; 0 means this job's
+    lesson: Lesson | None = None
 
     @property
     def unit(self) -> int:

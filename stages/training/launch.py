@@ -14,6 +14,10 @@ from stages.training.trainer import train
 def launch(job: TrainJob, ctx: Context) -> TrainResult:
     """Run `job` on as many of the context's workers as its batch divides over."""
     workers = max(count for count in range(1, ctx.workers + 1) if job.unit % count == 0)
+    if job.lesson:
+        from stages.rl.distiller import teach  # which is built on this package
+
+        return spmd(teach, job, ctx, workers=workers)[0]
     return spmd(train, job, ctx, workers=workers)[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,16 +21,27 @@ from infra.errors import InputError
 from infra.stage import Context
 from stages.tokens.bpe import load_tokenizer
 from stages.tokens.chat_template import render
+from stages.tokens.tools import Tools
 from stages.training.checkpoint import load_config
 from stages.training.data import PackedRows, write_packed
-from stages.training.job import Optimization, TrainJob
+from stages.training.job import Lesson, Optimization, TrainJob
 from stages.training.launch import launch, summarize
 from stages.training.plots import plot_losses
 from stages.training.schedules import LearningRate
 
-Messages = Sequence[dict[str, str]]
-# Rows of a conversations artifact: `messages` as JSON; `problem` is None where no problem was asked.
-CONVERSATIONS = pa.schema([(name, pa.string()) for name in ("id", "messages", "problem", "language", "family")])
+Messages = Sequence[dict[str, Any]]
+# Rows of a conversations artifact: `messages` and `tools` as JSON; `problem` is None where no problem was asked,
+# `tools` where none was offered.
+CONVERSATIONS = pa.schema(
+    [(name, pa.string()) for name in ("id", "messages", "problem", "language", "family", "tools")]
+)
+
+
+class Conversation(NamedTuple):
+    """What a chat template renders."""
+
+    messages: Messages
+    tools: Tools = ()
 
 
 class SupervisedConfig(Optimization):
@@ -55,22 +66,29 @@ class SupervisedConfig(Optimization):
         return self
 
 
-def read_conversations(directory: Path) -> list[Messages]:
-    """Messages of every row of a conversations artifact."""
+def read_conversations(directory: Path) -> list[Conversation]:
+    """Every row of a conversations artifact."""
     paths = sorted(directory.glob("conversations-*.parquet"))
     if not paths:
         raise InputError(f"{directory} holds no conversations-*.parquet: give a conversations artifact")
-    tables = [pq.read_table(path, columns=["messages"]) for path in paths]
-    return [json.loads(row) for table in tables for row in table["messages"].to_pylist()]
+    rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
+    return [Conversation(json.loads(row["messages"]), json.loads(row.get("tools") or "[]")) for row in rows]
 
 
 def fine_tune(
-    config: SupervisedConfig, base: Artifact, conversations: Iterable[Messages], ctx: Context
+    config: SupervisedConfig,
+    base: Artifact,
+    conversations: Iterable[Conversation],
+    ctx: Context,
+    lesson: Lesson | None = None,
 ) -> dict[str, Scalar]:
-    """Train the checkpoint `base` on `conversations`; the summary. Raises InputError when none fits a row."""
+    """Train the checkpoint `base` on `conversations`, or on what a teacher says of them; the summary.
+
+    Raises InputError when none fits a row.
+    """
     tokenizer = load_tokenizer(base.path)
     model = load_config(base.path)
-    rendered = [render(messages, tokenizer) for messages in conversations]
+    rendered = [render(messages, tokenizer, tools=tools) for messages, tools in conversations]
     examples = [(ids, mask) for ids, mask in rendered if len(ids) <= config.sequence_length + 1 and any(mask)]
     if not examples:
         raise InputError(
@@ -80,8 +98,9 @@ def fine_tune(
     packed = ctx.scratch / "packed.npz"
     n_rows = write_packed(packed, examples, config.sequence_length, tokenizer.pad)
     steps = config.steps or max(1, round((config.epochs or 0) * n_rows / config.batch_size))
+    longest = config.sequence_length + (lesson.max_new_tokens if lesson and lesson.on_policy else 0)
     job = TrainJob(
-        model=model.replace(max_position=max(model.max_position, config.sequence_length)),
+        model=model.replace(max_position=max(model.max_position, longest)),
         optimization=config,
         data=PackedRows(str(packed), config.sequence_length),
         steps=steps,
@@ -90,6 +109,7 @@ def fine_tune(
         out=str(ctx.out),
         scratch=str(ctx.scratch / "resume"),
         tokenizer=str(base.path),
+        lesson=lesson,
     )
     result = launch(job, ctx)
     plot_losses(ctx.out / "loss.png", result)
@@ -101,4 +121,5 @@ def fine_tune(
         "learnt_tokens": sum(sum(mask) for _, mask in examples),
         "epochs": round(steps * config.batch_size / n_rows, 3),
         "loss_start": result.values("loss")[0][1],
+        **({"teacher_flops": sum(value for _, value in result.values("teacher_flops"))} if lesson else {}),
     }

@@ -51,16 +51,7 @@ class TrainingDiverged(FathomError):
 def train(job: TrainJob, report: Report) -> TrainResult:
     """Train to `job.steps`, from the state in `job.scratch` if there is one; rank 0 leaves the checkpoint `job.out`."""
     with process_group() as ranks:
-        trainer = Trainer(job, ranks)
-        trainer.run(report)
-        trainer.optimizer.join()
-        if ranks.rank == 0:
-            with trainer.final_weights():
-                save_model(job.out, trainer.model, job.tokenizer)
-        ranks.barrier()
-        flops = job.model.flops_per_token(job.data.sequence_length, mtp=True) * trainer.progress.tokens
-        history = trainer.health.history(trainer.progress.step)
-        return TrainResult(trainer.progress, float(flops), ranks.world, history)
+        return Trainer(job, ranks).finish(report)
 
 
 class Trainer:
@@ -99,7 +90,8 @@ class Trainer:
         self.bucket = GradientBucket(
             list(self.model.parameters()),
             n_statistics=4 + math.prod(self.load_shape),
-            sums=ranks.world > 1 or max(self.batch_sizes) > self.micro_batch,
+            # How many micro-batches a lesson's own replies fill is not known before.
+            sums=ranks.world > 1 or max(self.batch_sizes) > self.micro_batch or job.lesson is not None,
         )
         graphs = options.cuda_graphs and ranks.device.type == "cuda"
         self.replayed = Replayed(self._backward) if graphs else None
@@ -108,6 +100,18 @@ class Trainer:
         self.store = ResumeStore(job.scratch, job.retention)
         if (state := self.store.load()) is not None:
             self._restore(state)
+
+    def finish(self, report: Report) -> TrainResult:
+        """Run to the end; rank 0 leaves the checkpoint."""
+        job, ranks = self.job, self.ranks
+        self.run(report)
+        self.optimizer.join()
+        if ranks.rank == 0:
+            with self.final_weights():
+                save_model(job.out, self.model, job.tokenizer)
+        ranks.barrier()
+        flops = job.model.flops_per_token(job.data.sequence_length, mtp=True) * self.progress.tokens
+        return TrainResult(self.progress, float(flops), ranks.world, self.health.history(self.progress.step))
 
     def run(self, report: Report) -> None:
         """All remaining steps, with validation before the first, every so often, and after the last."""
@@ -225,14 +229,9 @@ class Trainer:
                 positions_BT=None if positions_BT is None else positions_BT[:, :-1],
                 document_BT=None if document_BT is None else document_BT[:, :-1],
             )
+        batch = Batch(tokens_BT, loss_mask_BT, document_BT, positions_BT)
         losses = [
-            cross_entropy_sum(
-                hidden_BTD,
-                self.model.head_weight,
-                tokens_BT[:, depth + 1 :],
-                target_mask(loss_mask_BT, document_BT, depth),
-            )
-            / counts_D[depth]
+            self.loss_sum(depth, hidden_BTD, batch) / counts_D[depth]
             for depth, hidden_BTD in enumerate([out.hidden_BTD, *out.mtp_hidden])
         ]
         balance = out.balance_loss(self.job.optimization.balance) * share
@@ -244,6 +243,11 @@ class Trainer:
         if out.dropped_L is not None:
             self.bucket.statistics[3] += out.dropped_L.sum()
         return self.bucket.collect()
+
+    def loss_sum(self, depth: int, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+        """Σ over the targets that `depth` predicts of their losses."""
+        mask_BT = target_mask(batch.loss_mask_BT, batch.document_BT, depth)
+        return cross_entropy_sum(hidden_BTD, self.model.head_weight, batch.tokens_BT[:, depth + 1 :], mask_BT)
 
     def _update(self, rate: float, norm: float, loads_LE: Tensor | None) -> None:
         """AdamW at `rate` on clipped gradients, then the routing biases by the step's loads (None: they are frozen)."""

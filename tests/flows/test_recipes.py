@@ -10,7 +10,7 @@ import pytest
 from toy import RECIPE, TOY, load
 
 from flows.pipelines import LINE, PIPELINES, Node, Pipeline
-from flows.recipes import RECIPES, Recipe, load_recipe, parse_setting
+from flows.recipes import LINES, REPRODUCTIONS, Recipe, load_recipe, parse_setting
 from infra.config import Config
 from infra.errors import ConfigError
 from stages.training.schedules import batch_sizes
@@ -25,21 +25,50 @@ def test_every_pipeline_gives_every_stage_the_kinds_that_it_takes(name: str) -> 
     PIPELINES[name].check()
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_fits_every_pipeline(name: str) -> None:
+@pytest.mark.parametrize("name", LINES)
+def test_every_recipe_of_the_line_fits_every_pipeline_of_it(name: str) -> None:
     recipe = load_recipe(name)
-    assert set(recipe.configs) == {node for pipeline in PIPELINES.values() for node in pipeline.by_name}
-    for pipeline in PIPELINES.values():
+    pipelines = [pipeline for pipeline in PIPELINES.values() if not pipeline.name.startswith("imported_")]
+    assert set(recipe.configs) == {node for pipeline in pipelines for node in pipeline.by_name}
+    for pipeline in pipelines:
         assert set(recipe.resolve(pipeline)) == set(pipeline.by_name)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_a_reproduction_fits_its_pipeline_and_no_other(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.pipeline is not None
+    pipeline = PIPELINES[recipe.pipeline]
+    configs: Any = recipe.resolve(pipeline)
+    assert set(recipe.configs) == set(pipeline.by_name)
+    report = next(node for node in pipeline.nodes if node.stage == "report")
+    named = {configs[node].name for node in report.roles.values()}
+    assert {side for claim in configs[report.name].claims for side in (claim.left, claim.right)} <= named
+    with pytest.raises(ConfigError, match=f"recipe {name} is for the pipeline {recipe.pipeline}, not for line"):
+        recipe.resolve(LINE)
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("branch", ["distill_or_rl", "v3_from_r1"])
+def test_a_branchs_report_claims_things_about_its_own_evaluations(name: str, branch: str) -> None:
+    pipeline = PIPELINES[branch]
+    configs: Any = load_recipe(name).resolve(pipeline)
+    report = next(node for node in pipeline.nodes if node.stage == "report")
+    named = {configs[node].name for node in report.roles.values()}
+    claims = configs[report.name].claims
+    assert {side for claim in claims for side in (claim.left, claim.right)} <= named
+    assert configs[report.name].rises == ()
+
+
+@pytest.mark.parametrize("name", LINES)
 def test_the_report_claims_things_about_evaluations_that_the_recipe_names(name: str) -> None:
     configs = load_recipe(name).resolve(LINE)
     named = {configs[node].name for node in LINE.node("report").roles.values()}  # type: ignore[attr-defined]
     claims = configs["report"].claims  # type: ignore[attr-defined]
     assert claims
     assert {side for claim in claims for side in (claim.left, claim.right)} <= named
+    rises = configs["report"].rises  # type: ignore[attr-defined]
+    assert {side for rise in rises for side in (rise.after, rise.before)} <= named
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("moe_2b", 100e9), ("v2", 8.1e12), ("v3", 14.8e12)])

@@ -151,3 +151,14 @@ def test_impossible_requests_say_what_to_change():
     with pytest.raises(InputError, match="BOS"):
         Generator(model).generate([[]], 4)
     assert Generator(model).generate([], 4) == []
+
+
+def test_a_reply_that_is_given_up_goes_no_further_and_leaves_the_others_alone(model):
+    batch = prompts()
+    whole_replies = Generator(model).generate(batch, 8, temperature=0)
+    stop = whole_replies[0].tokens[2]
+    cut = Generator(model, max_batch=4).generate(batch, 8, temperature=0, given_up=lambda tokens: tokens[-1] == stop)
+    for reply, full in zip(cut, whole_replies, strict=True):
+        length = full.tokens.index(stop) + 1 if stop in full.tokens else 8
+        assert reply.tokens == full.tokens[:length]
+        assert not reply.finished

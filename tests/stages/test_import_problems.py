@@ -9,7 +9,7 @@ from infra.errors import ConfigError, InputError
 from infra.stage import Context
 from stages.import_problems import ImportProblemsConfig, import_problems
 from stages.problems.problem import read_problems
-from stages.problems.verify import verify
+from stages.problems.verify import judge, require, verify
 from stages.sft import SftConfig, sft
 
 QUESTIONS = [(f"What is {n} + {n}?", str(2 * n)) for n in range(60)] + [
@@ -126,3 +126,87 @@ def test_problems_without_a_worked_solution_cannot_be_taught(write, tmp_path):
     problems = Artifact.local(tmp_path / "stage" / "out", "problems")
     with pytest.raises(InputError, match="solution_field"):
         sft(SftConfig(epochs=1), {"checkpoint": problems, "problems": problems}, Context.local(tmp_path / "sft"))
+
+
+HUMANEVAL = {
+    "prompt": 'def add(x: int, y: int):\n    """Add two numbers x and y"""\n',
+    "entry_point": "add",
+    "canonical_solution": "    return x + y\n",
+    "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    import random\n    assert candidate(0, 1) == 1\n",
+}
+CHECK = (
+    "METADATA = {'author': 'jt'}\n\ndef check(candidate):\n    assert candidate(2, 3) == 5, 'sum'\n"
+    "    assert abs(candidate(0.5, 1) - 1.5) < 1e-6\n    assert candidate((1,), ()) == (1,)\n    assert True\n"
+    "\ncheck(add)\n"
+)
+ADD = "def add(a, b):\n    return a + b"
+
+
+@pytest.mark.parametrize(
+    ("tests", "right", "wrong", "n"),
+    [
+        (CHECK, ADD, "def add(a, b): return [1]", 3),
+        (["assert add(2, 3) == 5", "assert add([1], [2]) == [1, 2]"], ADD, "def add(a, b): return 5", 2),
+        (["assert less(1, 2)", "assert not less(2, 1)"], "def less(a, b): return a < b", "less = max", 2),
+        ({"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [[3], [1, 2]]}, ADD, "def add(a, b): pass", 2),
+        ('{"inputs": ["1 2\\n", ["3", "4"]], "outputs": ["3\\n", ["7"]]}',
+         "import sys\nprint(sum(map(int, sys.stdin.read().split())))", "print(3)", 2),
+        ({"function": "add", "calls": [[[1, 2], 3]]}, ADD, "def add(a, b): return 2", 1),
+    ],
+    ids=["HumanEval", "MBPP", "truth", "APPS, a function", "APPS, text", "ours"],
+)  # fmt: skip
+def test_programs_are_judged_by_the_tests_of_the_published_sets(write, tmp_path, tests, right, wrong, n):
+    summary, splits = read(
+        write({"question": "Write it.", "tests": tests, "name": "add"}),
+        tmp_path,
+        answer_field=None,
+        tests_field="tests",
+        function_field="name",
+    )
+    (problem,) = splits["train"] + splits["heldout"]
+    assert (problem.verifier, problem.answer, summary["tests"]) == ("code", "", n)
+    try:
+        require([problem])
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert judge(problem, f"```python\n{right}\n```").reason == ""
+    assert not judge(problem, wrong).right
+
+
+@pytest.mark.parametrize(
+    ("tests", "message"),
+    [
+        (HUMANEVAL["test"], "'import random' is no assert"),
+        (["assert add(1, x) == 2"], "'x' is no literal"),
+        (["assert add(1, 2) == {1, 2}"], "'{1, 2}' is no literal that can be compared"),
+        (["assert set(add(1)) == {1}"], r"'add\(1\)' is no literal"),
+        (["assert add(1) == 1", "assert sub(1) == 0"], "several functions: add, sub"),
+        (["assert add(1) > 0"], "compares no call with a literal"),
+        (["assert lib.add(1) == 0"], "is no plain call"),
+        ("not a program", "neither JSON nor Python"),
+        ([], "no asserts, no inputs"),
+        ("def check(candidate): pass", "no assert among them"),
+        ({"inputs": ["1"], "outputs": []}, "not two lists of one length"),
+        ({"function": "add", "calls": [1]}, "TypeError"),
+        ({"function": "add(", "calls": [[[1], 1]]}, r"'add\(' is no name of a function"),
+        ({"function": "add", "calls": [["open('x')", 1]]}, "is no literal"),
+        ({"fn_name": "Solution.add", "inputs": [[1]], "outputs": [1]}, "no name of a function"),
+    ],
+)
+def test_tests_that_cannot_be_read_are_refused_or_counted(write, tmp_path, tests, message):
+    good = {"question": "A", "tests": ["assert add(1) == 1"]}
+    path = write(good, {"question": "B", "tests": tests})
+    with pytest.raises(
+        InputError, match=rf"set\.jsonl, line 2: the tests in the field 'tests' cannot be read: .*{message}"
+    ):
+        read(path, tmp_path, answer_field=None, tests_field="tests")
+    summary, _ = read(path, tmp_path / "again", answer_field=None, tests_field="tests", leave_out_unreadable=True)
+    assert (summary["n_train"] + summary["n_heldout"], summary["tests_unreadable"], summary["repeated"]) == (1, 1, 0)
+
+
+def test_a_config_says_by_what_problems_are_judged():
+    about = {"name": "sums", "path": "x", "license": "MIT"}
+    with pytest.raises(ValueError, match="give answer_field or tests_field"):
+        ImportProblemsConfig(**about, answer_field=None)
+    with pytest.raises(ValueError, match="set tests_field"):
+        ImportProblemsConfig(**about, function_field="entry_point")

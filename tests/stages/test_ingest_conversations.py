@@ -7,9 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
+from infra.artifact import Artifact
 from infra.errors import InputError
 from infra.stage import Context
 from stages.ingest_conversations import IngestConversationsConfig, ingest_conversations
+from stages.sft import SftConfig, sft
+from stages.tokens.bpe import load_tokenizer
+from stages.tokens.chat_template import render
 from stages.training.supervised import read_conversations
 
 
@@ -21,6 +25,19 @@ def talk(number: int) -> list[dict[str, str]]:
         {"role": "user", "content": "And again?"},
         {"role": "assistant", "content": str(number + 2)},
     ]
+
+
+def add(arguments) -> dict:
+    return {"id": "1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}]
+ASKED = [
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "", "tool_calls": [add({"a": 2, "b": 3})]},
+    {"role": "tool", "content": "5", "tool_call_id": "1"},
+    {"role": "assistant", "content": "5"},
+]
 
 
 def sharegpt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -53,7 +70,9 @@ def test_every_form_of_a_conversation_gives_the_same_messages(tmp_path):
     }
     for name, source in sources.items():
         summary, out = read(tmp_path / f"run-{name}", source)
-        assert sorted(read_conversations(out), key=str) == sorted(talks, key=str), name
+        found = read_conversations(out)
+        assert sorted((messages for messages, _ in found), key=str) == sorted(talks, key=str), name
+        assert not any(tools for _, tools in found)
         assert (summary["conversations"], summary["replies"], summary["language_en"]) == (5, 10, 5)
 
 
@@ -74,9 +93,16 @@ def test_a_limited_ingest_is_the_same_sample_each_time(tmp_path):
         ({"role": "user"}, "is no list of messages"),
         ([], "no message of the assistant"),
         ([{"role": "user", "content": "Hello?"}], "no message of the assistant"),
-        ([{"role": "tool", "content": "4"}], "message 1 has the role 'tool'.*system, user, assistant"),
+        ([{"role": "judge", "content": "4"}], "message 1 has the role 'judge'.*system, user, assistant, tool"),
         ([{"role": "user", "content": " "}], "message 1, of the user, says nothing"),
         ([*talk(1), {"role": "system", "content": "Now be long."}], "system message behind another"),
+        ([*talk(1), {"role": "tool", "content": "4"}], "message 6, is of a tool, and no call"),
+        ([*ASKED[:3], *ASKED[2:]], "message 4, is of a tool, and no call"),
+        ([{"role": "assistant", "tool_calls": [{"name": "add"}]}], "call 1 has no function with a name"),
+        ([{"role": "assistant", "tool_calls": [add("1")]}], "arguments of call 1 are no object"),
+        ([{"role": "assistant", "tool_calls": [add("{")]}], "arguments of call 1 are text and no JSON"),
+        ([{"role": "assistant", "tool_calls": "add"}], "tool_calls is no list"),
+        ([*ASKED[:2], {"role": "tool", "content": None}], "of the tool: its content must be text"),
     ],
 )
 def test_what_is_no_conversation_is_refused_with_its_place(tmp_path, messages, error):
@@ -89,3 +115,56 @@ def test_a_missing_column_is_named_with_its_option(tmp_path):
     source = lines(tmp_path / "a.jsonl", [{"turns": talk(0)}])
     with pytest.raises(InputError, match=r"no field 'messages' \(it has turns\); set source.messages_field"):
         read(tmp_path / "run", source)
+
+
+def test_tools_and_calls_are_kept_whatever_form_they_come_in(tmp_path):
+    as_text = [ASKED[0], {**ASKED[1], "content": None, "tool_calls": [add('{"a": 2, "b": 3}')]}, *ASKED[2:]]
+    nulls = [{"tool_calls": None, "tool_call_id": None, **message} for message in as_text]  # as Parquet fills them up
+    Dataset.from_dict({"messages": [nulls], "tools": [json.dumps(TOOLS)]}).to_parquet(tmp_path / "data" / "a.parquet")
+    sources = {
+        "jsonl": lines(tmp_path / "a.jsonl", [{"messages": ASKED, "tools": TOOLS}]),
+        "text": lines(tmp_path / "b.jsonl", [{"messages": json.dumps(as_text), "tools": json.dumps(TOOLS)}]),
+        "parquet": {"path": str(tmp_path / "data" / "a.parquet"), "format": "parquet"},
+        "dataset": {"kind": "dataset", "path": str(tmp_path / "data")},
+    }
+    for name, source in sources.items():
+        summary, out = read(tmp_path / f"run-{name}", source | {"tools_field": "tools"})
+        assert read_conversations(out) == [(ASKED, TOOLS)], name
+        assert (summary["replies"], summary["tool_calls"]) == (2, 1)
+    with pytest.raises(InputError, match=r"no field 'functions'; set source\.tools_field"):
+        read(tmp_path / "run-absent", sources["jsonl"] | {"tools_field": "functions"})
+
+
+@pytest.mark.parametrize(
+    ("tools", "error"),
+    [
+        ([{"type": "function", "function": {"name": "sub"}}], "calls 'add', which is not among the tools"),
+        ([{"name": "add"}], "tool 1 has no function with a name"),
+        ("[", "the tools are text and no JSON"),
+        ({}, "the tools are no list"),
+    ],
+)
+def test_tools_that_do_not_fit_are_refused(tmp_path, tools, error):
+    source = lines(tmp_path / "a.jsonl", [{"messages": ASKED, "tools": tools}])
+    with pytest.raises(InputError, match=error):
+        read(tmp_path / "run", source | {"tools_field": "tools"})
+
+
+def test_artifacts_from_before_tools_are_read(tmp_path):
+    row = {"id": "1", "messages": json.dumps(talk(1)), "problem": None, "language": "en", "family": "mine"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "conversations-00000.parquet")
+    assert read_conversations(tmp_path) == [(talk(1), [])]
+
+
+@pytest.mark.slow
+def test_sft_learns_the_calls_of_an_ingested_conversation(tmp_path, bandit_base):
+    _, out = read(
+        tmp_path / "run", lines(tmp_path / "a.jsonl", [{"messages": ASKED, "tools": TOOLS}]) | {"tools_field": "tools"}
+    )
+    ids, mask = render(ASKED, load_tokenizer(bandit_base), tools=TOOLS)
+    inputs = {
+        "checkpoint": Artifact.local(bandit_base, "checkpoint"),
+        "conversations": Artifact.local(out, "conversations"),
+    }
+    summary = sft(SftConfig(steps=1, batch_size=1, sequence_length=len(ids)), inputs, Context.local(tmp_path / "sft"))
+    assert (summary["learnt_tokens"], summary["conversations"]) == (sum(mask), 1)

@@ -17,6 +17,7 @@ from stages.rl.preferences import Preference, hold_out, read_preferences, write_
 from stages.rl.rollout import SCHEMA, write_rollouts
 
 USER = {"role": "user", "content": "2 + 2?"}
+CALLS = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}]}
 
 
 def said(text):
@@ -89,6 +90,7 @@ def test_jsonl_parquet_and_a_dataset_give_the_same_pairs_and_a_limit_samples_the
         ({"chosen": "4", "rejected": "5"}, "the field 'chosen'"),
         ({"chosen": [said("4")], "rejected": [said("5")]}, "name the prompt's column"),
         ({"chosen": [USER, said("4"), USER], "rejected": [USER, said("5")]}, "must end with one reply"),
+        ({"prompt": "2 + 2?", "chosen": [said("") | CALLS], "rejected": "5"}, "ends with calls of tools"),
         ({"chosen": [USER, said("4")], "rejected": [{**USER, "content": "?"}, said("5")]}, "differ before their last"),
     ],
 )
@@ -107,7 +109,7 @@ def test_a_margin_must_be_a_number_and_a_missing_column_is_named_with_its_option
 
 
 def rollout(problem, text, accuracy, step=1, language="en", finished=True, reward=None):
-    row = dict.fromkeys(SCHEMA.names, 0.0) | {"family": "f", "level": 1, "tokens": 9, "step": step}
+    row = dict.fromkeys(SCHEMA.names) | {"step": step}
     row |= {"problem_id": problem, "prompt": f"Q {problem}", "completion": text, "language": language}
     return row | {"finished": finished, "accuracy": accuracy, "reward": accuracy if reward is None else reward}
 

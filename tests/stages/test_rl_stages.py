@@ -12,11 +12,11 @@ from infra.artifact import Artifact
 from infra.errors import ConfigError, InputError
 from infra.stage import Context
 from stages.evaluate import EvaluateConfig, evaluate
-from stages.evaluation.claims import Claim
+from stages.evaluation.claims import Claim, Rise
 from stages.generate_problems import GenerateProblemsConfig, generate_problems
 from stages.grpo import GrpoConfig, grpo
 from stages.problems.problem import Problem, read_problems, write_problems
-from stages.rejection_sample import RejectionSampleConfig, choose, rejection_sample
+from stages.rejection_sample import REASONS, RejectionSampleConfig, choose, conversation, rejection_sample
 from stages.report import ReportConfig, report
 from stages.rl.learner import GrpoJob, learn
 from stages.rl.prompts import reply_text
@@ -127,6 +127,10 @@ def test_evaluations_and_their_report_agree_with_the_rows_they_keep(inputs, tmp_
         assert len(records) == 10
         assert summary["pass_1"] == pytest.approx(sum(r["pass_1"] for r in records) / 10, abs=1e-4)
         assert summary["pass_1_low"] <= summary["pass_1"] <= summary["pass_1_high"]
+        made = json.loads((ctx.out / "report.json").read_text())
+        assert [row["k"] for row in made["curve"]] == [1, 2, 4]
+        assert made["curve"][0]["maj"] == pytest.approx(made["measures"]["pass_1"]["value"])
+        assert made["measures"]["maj_at_4"]["value"] == pytest.approx(sum(r["consensus"] for r in records) / 10)
         artifacts.append(Artifact.local(ctx.out, "report", summary))
     greedy = pq.read_table(tmp_path / "cold" / "out" / "problems.parquet").to_pylist()
     assert all(row["pass_1"] in (0, 1) for row in greedy)  # four times the same reply
@@ -136,12 +140,13 @@ def test_evaluations_and_their_report_agree_with_the_rows_they_keep(inputs, tmp_
         Claim(left="warm", right="absent"),
     )
     ctx = Context.local(tmp_path / "report")
-    summary = report(ReportConfig(title="Two", claims=claims), {"evaluations": tuple(artifacts)}, ctx)
+    rises = (Rise(after="warm", before="cold", k=4),)
+    summary = report(ReportConfig(title="Two", claims=claims, rises=rises), {"evaluations": tuple(artifacts)}, ctx)
     content = json.loads((ctx.out / "report.json").read_text())
-    assert [claim["holds"] for claim in content["claims"]] == [True, False, False]
+    assert [claim["holds"] for claim in content["claims"]] == [True, False, False, False]
     assert content["claims"][2]["note"] == "no evaluation named 'absent'"
     assert summary["claims_held"] == 1
-    assert (ctx.out / "pass_at_1.png").stat().st_size > 1000
+    assert all((ctx.out / name).stat().st_size > 1000 for name in ("pass_at_1.png", "pass_and_maj_at_k.png"))
     assert "| warm |" in (ctx.out / "report.md").read_text()
     twice = {"evaluations": (artifacts[0], artifacts[0])}
     with pytest.raises(InputError, match="named 'warm'"):
@@ -169,6 +174,23 @@ def test_samples_are_kept_whole_once_each_and_their_figures_agree(sampled, bandi
         ids = torch.tensor([row["prompt_ids"] + row["reply_ids"]])
         logprobs = model(ids[:, :-1]).log_probs(ids[:, 1:])[0, len(row["prompt_ids"]) - 1 :]
         torch.testing.assert_close(logprobs, torch.tensor(row["logprobs"]), rtol=1e-4, atol=1e-5)
+
+
+def test_shots_stand_before_the_question_and_are_not_asked_themselves(inputs, bandit_problems, tmp_path):
+    for template in ("r1_zero", "chat"):
+        ctx = Context.local(tmp_path / template)
+        config = SampleConfig(template=template, shots=1, samples=2, max_new_tokens=14)
+        assert sample(config, inputs, ctx)["problems"] == 9
+        rows = list(read_rollouts(ctx.out))
+        assert bandit_problems[0].id not in {row["problem_id"] for row in rows}
+        tokenizer = load_tokenizer(inputs["checkpoint"].path)
+        shown = tokenizer.decode(rows[0]["prompt_ids"])
+        assert shown.startswith("Pull 0.")
+        assert "<think>so</think><answer>3</answer>" in shown
+        assert shown.rstrip().endswith("Pull 1.")
+        assert rows[0]["prompt"] == "Pull 1."
+    with pytest.raises(InputError, match="bandit in en has 10 problems here, 10 of them worked"):
+        sample(SampleConfig(shots=10), inputs, Context.local(tmp_path / "many"))
 
 
 def test_rejection_sampling_keeps_only_right_clean_and_different_replies(sampled, tmp_path):
@@ -204,7 +226,7 @@ def test_rejection_sampling_reads_what_reinforcement_learning_kept(inputs, tmp_p
 
 def test_every_reason_to_drop_is_counted_once():
     good = {"completion": "<think>so</think><answer>3</answer>", "accuracy": 1.0, "format": 1.0, "tokens": 9}
-    good["language_consistency"] = 1.0
+    good |= {"language_consistency": 1.0, "repetition": 0.1}
     rows = [
         good,
         good,
@@ -213,10 +235,22 @@ def test_every_reason_to_drop_is_counted_once():
         {**good, "language_consistency": 0.5},
         {**good, "completion": "<think>```py```</think><answer>3</answer>"},
         {**good, "completion": "longer", "tokens": 99},
+        {**good, "completion": "a paragraph\n" + "x" * 2001 + "\n"},
+        {**good, "completion": "again and again", "repetition": 0.6},
         {**good, "completion": "second"},
         {**good, "completion": "third"},
     ]
     kept, dropped = choose(rows, RejectionSampleConfig(keep_per_problem=2, max_tokens=50))
     assert [row["completion"] for row in kept] == [good["completion"], "second"]
-    reasons = ("duplicate", "malformed", "wrong", "mixed_language", "code_block", "long", "enough")
-    assert dict(dropped) == dict.fromkeys(reasons, 1)
+    assert dict(dropped) == dict.fromkeys(REASONS, 1)
+
+
+def test_the_shortest_of_the_right_replies_stay_and_the_system_prompt_stands_before_the_question(bandit_problems):
+    row = {"accuracy": 1.0, "format": 1.0, "language_consistency": 1.0, "repetition": 0.0}
+    rows = [{**row, "completion": text, "tokens": len(text)} for text in ("long reply", "short", "shorter", "s")]
+    rows[3]["accuracy"] = 0.0
+    kept, _ = choose(rows, RejectionSampleConfig(keep_per_problem=2, prefer="shortest"))
+    assert [row["completion"] for row in kept] == ["short", "shorter"]
+    made = json.loads(conversation(bandit_problems[0], kept[0], 0, "Reflect.")["messages"])
+    assert [message["role"] for message in made] == ["system", "user", "assistant"]
+    assert made[0]["content"] == "Reflect."

@@ -25,10 +25,10 @@ BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 1000
 
 
-Convert = Callable[[Any, str, str], str]
+Convert = Callable[[Any, str, str, Mapping[str, Any]], str]
 
 
-def plain_text(value: Any, field: str, where: str) -> str:
+def plain_text(value: Any, field: str, where: str, beside: Mapping[str, Any]) -> str:
     """What a document's field must hold; other sources have other converters, each a function of its own name."""
     if not isinstance(value, str):
         raise InputError(f"{where}: the field {field!r} is {type(value).__name__}, not text")
@@ -74,7 +74,7 @@ class _Files:
     suffixes: tuple[str, ...] = ()
     convert: Convert = plain_text
     option: str = "source.text_field"  # where a user names the field
-    columns: tuple[str, ...] = ()  # if any: `convert` gets those that a row has, by name, and not the field alone
+    beside: tuple[str, ...] = ()  # further columns; `convert` is given those that a row has, by name
 
     def files(self) -> list[Path]:
         return find_files(self.path, self.suffixes, "source.path")
@@ -86,7 +86,8 @@ class _Files:
         self.check(values, where)
         if self.id_field is not None:
             key = str(values[self.id_field])
-        return Raw(key, self.convert(_asked(values, self), self.text_field, where))
+        beside = {name: values[name] for name in self.beside if name in values}
+        return Raw(key, self.convert(values[self.text_field], self.text_field, where, beside))
 
     def check(self, names: Collection[str], where: str) -> None:
         """InputError if a field that is asked for is not there."""
@@ -158,7 +159,7 @@ class Parquet(_Files):
         path, _, group = unit.rpartition(":")
         file = _parquet(path)
         self.check(file.schema_arrow.names, path)
-        asked = {self.text_field, self.id_field, *self.columns}
+        asked = {self.text_field, self.id_field, *self.beside}
         columns = [name for name in file.schema_arrow.names if name in asked]
         try:
             rows = file.read_row_group(int(group), columns=columns).to_pylist()
@@ -181,7 +182,7 @@ class HubDataset:
     license: str
     convert: Convert = plain_text
     option: str = "source.text_field"
-    columns: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def versions(self) -> dict[str, str]:
         return {}  # a dataset's name is its identity: finding its revision would mean fetching it to plan
@@ -195,21 +196,13 @@ class HubDataset:
 
     def read(self, unit: str) -> list[Raw]:
         data = _load_dataset(self.path, self.subset, self.split)
-        asked = [name for name in data.column_names if name in {self.text_field, *self.columns}]
-        rows = data.select_columns(asked)[int(unit) : int(unit) + BLOCK_ROWS]
+        rows = data[int(unit) : int(unit) + BLOCK_ROWS]
         where, found = f"dataset {self.path}, ", []
-        for number, values in enumerate(zip(*rows.values(), strict=True), start=int(unit)):
-            key = f"{self.split}/{number}"
-            value = _asked(dict(zip(rows, values, strict=True)), self)
-            found.append(Raw(key, self.convert(value, self.text_field, where + key)))
+        for place, text in enumerate(rows[self.text_field]):
+            key = f"{self.split}/{int(unit) + place}"
+            beside = {name: rows[name][place] for name in self.beside if name in rows}
+            found.append(Raw(key, self.convert(text, self.text_field, where + key, beside)))
         return found
-
-
-def _asked(values: Mapping[str, Any], source: _Files | HubDataset) -> Any:
-    """What of a row `convert` reads."""
-    if not source.columns:
-        return values[source.text_field]
-    return {name: values[name] for name in source.columns if name in values}
 
 
 def decode(data: bytes, where: str) -> str:

@@ -3,14 +3,17 @@
 import itertools
 import math
 import time
+from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
 
+from stages.evaluation.claims import Claim, Evaluation, Rise, judge, judge_rise
 from stages.evaluation.intervals import bootstrap_mean, paired_difference
 from stages.evaluation.ngram import fit
-from stages.evaluation.pass_at_k import consensus, pass_at_k
-from stages.evaluation.scores import problem_record, table
+from stages.evaluation.pass_at_k import curve_ks, maj_at_k, pass_at_k
+from stages.evaluation.scores import curve, problem_record, table
 from stages.problems.problem import Problem
 
 
@@ -30,13 +33,69 @@ def test_pass_at_k_is_unbiased_where_the_naive_estimate_is_not():
     assert abs((1 - (1 - counts / n) ** k).mean() - truth) > 0.02
 
 
-def test_consensus_is_the_majority_and_shares_a_tie():
-    right = {"4"}.__contains__
-    assert consensus(["4", "4", "5"], right) == 1
-    assert consensus(["5", "5", "4"], right) == 0
-    assert consensus(["4", "5", None, None, None], right) == 0.5
-    assert consensus([None, None], right) == 0
-    assert consensus([], right) == 0
+def majority(answers):
+    """The share of the most frequent answers that are "4"."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    best = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return best.count("4") / len(best) if best else 0.0
+
+
+def test_maj_at_k_is_the_mean_majority_of_all_subsets():
+    draw = Random(0)
+    for _ in range(40):
+        answers = [draw.choice(["4", "5", "6", None]) for _ in range(draw.randint(1, 7))]
+        ks = range(1, len(answers) + 1)
+        for k, share in zip(ks, maj_at_k(answers, "4".__eq__, ks), strict=True):
+            subsets = list(itertools.combinations(answers, k))
+            assert share == pytest.approx(sum(map(majority, subsets)) / len(subsets), abs=1e-12), (answers, k)
+
+
+def test_maj_at_k_of_64_samples_is_exact_where_every_answer_is_another():
+    started = time.perf_counter()
+    shares = maj_at_k([str(number) for number in range(64)], "4".__eq__, curve_ks(64))
+    assert shares == pytest.approx([1 / 64] * 7, abs=1e-12)  # a tie of all that were drawn
+    assert time.perf_counter() - started < 5
+
+
+def test_a_curve_has_the_powers_of_two_and_all_samples():
+    assert [curve_ks(n) for n in (1, 2, 6, 16)] == [(1,), (1, 2), (1, 2, 4, 6), (1, 2, 4, 8, 16)]
+
+
+def evaluation(name, answers):
+    """An evaluation of ten problems whose right answer is 4, with these answers to each."""
+    records = {}
+    for number in range(10):
+        ks = curve_ks(len(answers))
+        correct = answers.count("4")
+        records[str(number)] = {
+            **{"samples": len(answers), "content": str(number)},
+            "pass_at_k": [pass_at_k(len(answers), correct, k) for k in ks],
+            "maj_at_k": maj_at_k(answers, "4".__eq__, ks),
+        }
+    return Evaluation(name, records, [], [], [])
+
+
+def test_a_comparisons_note_says_what_a_teacher_spent_of_the_cost():
+    records = {str(number): {"content": str(number), "pass_1": 0.5} for number in range(3)}
+    left, right = (
+        Evaluation(name, records, [], [], [], flops=2e12, teacher_flops=spent)
+        for name, spent in (("left", 5e11), ("right", 0.0))
+    )
+    verdict = judge(Claim(left="left", right="right"), {"left": left, "right": right})
+    assert verdict.note == "2e+12 (5e+11 of them a teacher's) against 2e+12 FLOPs"
+
+
+def test_a_rise_holds_where_the_majority_gained_what_any_sample_had_before():
+    before, sharper = evaluation("before", ["4", "5", "5", "5"]), evaluation("after", ["4", "4", "4", "5"])
+    verdict = judge_rise(Rise(after="after", before="before", k=4), {"before": before, "after": sharper})
+    assert verdict.holds
+    assert (verdict.difference, verdict.note) == (1.0, "Maj@4 +1.000, Pass@4 +0.000")
+    wider = {"before": evaluation("before", ["5"] * 4), "after": evaluation("after", ["4", "5", "5", "5"])}
+    verdict = judge_rise(Rise(after="after", before="before", k=4), wider)
+    assert not verdict.holds
+    assert verdict.difference == -1.0
+    verdict = judge_rise(Rise(after="after", before="before", k=16), wider)
+    assert (verdict.holds, verdict.note) == (False, "after was measured at k = 1, 2, 4")
 
 
 def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
@@ -106,6 +165,9 @@ def test_a_problems_record_is_what_its_rows_say():
     record = problem_record(problem, rows)
     assert (record["pass_1"], record["pass_k"], record["consensus"]) == (0.4, 1.0, 1.0)  # two ways to say 13 win
     assert (record["format"], record["length"]) == (0.8, 13.0)
+    assert record["pass_at_k"] == pytest.approx([0.4, 0.7, 1.0, 1.0])  # at 1, 2, 4 and 5
+    assert record["maj_at_k"][0] == pytest.approx(0.4)
+    assert [point["k"] for point in curve([record])] == [1, 2, 4, 5]
     table_rows = table([record, {**record, "language": "zh", "family": "gcd", "pass_1": 0.0}])
     assert [(r["family"], r["language"]) for r in table_rows][:3] == [("all", "all"), ("all", "en"), ("all", "zh")]
     assert table_rows[0]["pass_1"] == 0.2

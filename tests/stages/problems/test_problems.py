@@ -1,6 +1,7 @@
 """Families, splits and verifiers against brute force and hostile text."""
 
 import itertools
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -11,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.errors import ConfigError
+from stages.problems import islanders
 from stages.problems.expression import ExpressionError, evaluate
 from stages.problems.knights_and_knaves import CLAIMS, solutions
 from stages.problems.problem import Problem, read_problems, write_problems
-from stages.problems.registry import FAMILIES, LANGUAGES, generate, make
+from stages.problems.registry import FAMILIES, LANGUAGES, WITHOUT_SANDBOX, generate, make
 from stages.problems.verify import VERIFIERS, ballot, verify
 
-EVERYTHING = tuple(FAMILIES)
+EVERYTHING = WITHOUT_SANDBOX  # programs: test_programs.py
+LONGEST = {"islanders": (500, 1400)}  # characters of question and chain, where they are not those of the tiny families
 HOSTILE = (
     *("", " ", "9**9**9", "9^9^9", "1/0", "1/(1-1)", "__import__('os')", "1e9", "0x10", "1_0", "+1", "--1", "-", "1+"),
     *("nan", "inf", "\x00", "\u202e1", "🂡", "1\n", "٣", "３", "²", "½"),
@@ -34,8 +37,9 @@ def test_every_worked_answer_satisfies_its_verifier_and_the_chain_ends_in_it(nam
             assert verify(problem, problem.answer)
             assert verify(problem, f" {problem.answer} ")
             assert not verify(problem, f"The answer is {problem.answer}")
-            assert len(problem.question) < 90
-            assert len(problem.chain) < 140
+            question, chain = LONGEST.get(name, (90, 140))
+            assert len(problem.question) < question
+            assert len(problem.chain) < chain
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -98,6 +102,45 @@ def test_every_pair_of_claims_is_judged_as_the_truth_table_says():
         for first, second in itertools.product((True, False), repeat=2):
             says = CLAIMS[claims[0]](first, second), CLAIMS[claims[1]](second, first)
             assert ((first, second) in solutions(claims)) == (says == (first, second))
+
+
+@pytest.mark.parametrize("people", range(2, 8))
+def test_islanders_have_one_solution_which_the_search_finds_by_going_back_where_a_claim_fails(people):
+    rng = Random(people)
+    for _ in range(20):
+        claims = islanders.draw(rng, people - 1)["claims"]
+        tried = islanders.search(claims)
+        assert islanders.solutions(claims) == [tried[-1][0]]
+        for roles, speaker in tried[:-1]:
+            wholes = [(*roles, *rest) for rest in itertools.product((True, False), repeat=people - len(roles))]
+            assert all(islanders.holds(claims[speaker], whole) != whole[speaker] for whole in wholes)
+        # Knight is tried before knave, and nothing is left out: what would come earlier begins as one that failed.
+        for whole in itertools.product((True, False), repeat=people):
+            if whole > tried[-1][0]:
+                assert any(whole[: len(roles)] == roles for roles, _ in tried[:-1])
+
+
+def test_islanders_claims_mean_what_they_say():
+    numbers = {"claims": [islanders.Claim("if", (1, True), (0, False)), islanders.Claim("is", (0, False), (0, False))]}
+    numbers["names"] = [0, 1]
+    assert islanders.solutions(numbers["claims"]) == [(True, False)]
+    english = islanders.write(numbers, "en", Random(0))
+    assert "Amy says: if Bob is a knight then Amy is a knave. Bob says: Amy is a knave." in english.question
+    assert english.chain == "Amy knight Bob knight: what Amy says does not fit; Bob knave: all fit"
+    chinese = islanders.write(numbers, "zh", Random(0))
+    assert "小明说：如果小红是骑士那么小明是骗子。小红说：小明是骗子。" in chinese.question
+    assert (english.answer, chinese.answer) == ("knight knave", "骑士 骗子")
+
+
+def test_the_wide_countdown_divides_without_remainder_and_has_the_numbers_of_tiny_zero():
+    problems = generate(["countdown_wide"], LANGUAGES, 400, seed=0, split="train")
+    assert {len(problem.arguments["numbers"]) for problem in problems} == {3, 4}
+    assert max(max(problem.arguments["numbers"]) for problem in problems) > 90
+    divided = [problem for problem in problems if "/" in problem.answer]
+    assert divided
+    for problem in divided:
+        for left, right, result in re.findall(r"(\d+)/(\d+)=(\d+)", problem.chain):
+            assert int(left) == int(right) * int(result)
 
 
 def test_the_splits_are_disjoint_whatever_the_seeds_and_the_language():

@@ -33,6 +33,12 @@ def test_a_right_function_scores_one_whatever_it_prints(runner: CodeRunner) -> N
     assert code_reward(program, ADD, runner, LIMITS) == CodeScore(1.0, ("", "", ""))
 
 
+def test_arguments_that_json_cannot_tell_are_python_literals(runner: CodeRunner) -> None:
+    program = "def f(a, b): return [type(a).__name__, sorted(b), a + (1,)]"
+    tests = [CallTest("f", "((1, 2), {4, 3})", ["tuple", [3, 4], [1, 2, 1]])]
+    assert code_reward(program, tests, runner, LIMITS) == CodeScore(1.0, ("",))
+
+
 def test_a_program_that_is_right_in_part_scores_its_share_or_nothing(runner: CodeRunner) -> None:
     program = "n = int(input())\nprint(2 * n if n != 50 else 1 / 0)"
     wrong = "error: ZeroDivisionError: division by zero"

@@ -144,4 +144,96 @@ def test_every_rule_is_total_and_stays_in_range(text, finished, language, tokens
     verdict = score(SUM, text, finished, weights, language, tokens, max_tokens)
     assert set(verdict.rules) == set(RULES)
     assert all(0 <= value <= 1 for value in verdict.rules.values())
-    assert -2 <= verdict.reward <= 3
+    assert -2 <= verdict.reward <= 4
+
+
+KNIGHTS = Problem("k", "islanders", "en", 2, "?", "c", "knight knave", "roles", {"values": ["knight", "knave"]}, "k")
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "points"),
+    [
+        ("<think>a</think><answer>knight knave</answer>", True, 3.0),
+        ("<think>a</think><answer>knight, knave</answer>", True, 3.0),
+        ("<think>a</think><answer>knave knave</answer>", True, -0.5),
+        ("<think>a</think><answer>knave</answer>", True, -1.0),
+        ("<think>a</think><answer>knight or knave</answer>", True, -1.0),
+        ("<think>a</think><answer></answer>", True, -1.0),
+        ("knight knave", True, -3.0),
+        ("<answer>knight knave</answer>", True, -3.0),  # right, and paid nothing: the form is broken
+        ("<think>a</think><answer>knight knave</answer>", False, -3.0),
+    ],
+)
+def test_logic_rl_pays_three_for_right_and_takes_three_for_a_broken_form(text, finished, points):
+    assert score(KNIGHTS, text, finished, RewardWeights(scheme="logic_rl")).reward == points
+
+
+def test_logic_rl_keeps_the_weights_that_it_does_not_replace():
+    text = "<think>" + "so " * 40 + "</think><answer>knight knave</answer>"
+    weights = RewardWeights(scheme="logic_rl", language=0.5, repetition=1.0)
+    verdict = score(KNIGHTS, text, True, weights)
+    assert verdict.reward == pytest.approx(3.5 - verdict.rules["repetition"])
+    with pytest.raises(ValueError, match="scheme=logic_rl does not use accuracy"):
+        RewardWeights(scheme="logic_rl", accuracy=2.0)
+    with pytest.raises(ValueError, match="scheme=weighted does not use cosine"):
+        RewardWeights(cosine={"cut_off": -3.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "finished", "points"),
+    [
+        (RIGHT, 0, True, 1.0),
+        (RIGHT, 50, True, 0.75),
+        (RIGHT, 25, True, 0.75 + 0.25 * 0.5**0.5),
+        (RIGHT, 100, True, 0.5),
+        ("4", 0, True, -1.0),
+        ("4", 50, True, -0.75),
+        ("4", 100, True, -0.5),
+        (RIGHT, 100, False, -1.0),
+    ],
+)
+def test_cosine_pays_short_right_replies_and_long_wrong_ones_more(text, tokens, finished, points):
+    weights = RewardWeights(scheme="cosine", format=0.0)
+    assert score(SUM, text, finished, weights, tokens=tokens, max_tokens=100).reward == pytest.approx(points)
+    doubled = RewardWeights(scheme="cosine", accuracy=2.0, format=0.25)
+    verdict = score(SUM, text, finished, doubled, tokens=tokens, max_tokens=100)
+    assert verdict.reward == pytest.approx(2 * points + 0.25 * verdict.format)
+
+
+@pytest.mark.parametrize(
+    ("chain", "language", "question", "share"),
+    [
+        ("设 x=3，则 y=5", "zh", "", 1.0),  # variables are in no language
+        ("set x to a", "en", "", 1.0),
+        (r"由\frac{1}{2}得", "zh", "", 1.0),
+        ("调用 add 得 5", "zh", "写函数 add。", 1.0),  # the question's own words
+        ("调用 sub 得 5", "zh", "写函数 add。", 0.75),
+        ("先写 `sorted(xs)` 再看", "zh", "", 1.0),
+        ("先写\n```python\nreturn sorted(xs)\n```\n再看", "zh", "", 1.0),
+        ("first\n```python\n# 先看\n", "en", "", 1.0),  # a block that was never closed
+        ("the word 你好 means hello", "en", "What does 你好 mean?", 1.0),
+        ("the word 再见 means bye", "en", "What does 你好 mean?", 4 / 6),
+        ("你好", "en", "What does 你好 mean?", 0.0),  # not one word of its own
+        ("`code`", "zh", "", 0.0),
+    ],
+)
+def test_what_is_in_no_language_or_the_questions_own_is_not_held_against_a_chain(chain, language, question, share):
+    assert language_consistency(chain, language, question) == pytest.approx(share)
+
+
+def test_a_score_says_why_an_answer_is_wrong():
+    assert score(SUM, RIGHT, True, RewardWeights()).reason == ""
+    assert score(SUM, RIGHT.replace(">5<", ">6<"), True, RewardWeights()).reason == "wrong answer"
+    assert score(SUM, "5", True, RewardWeights()).reason == "no single answer"
+
+
+def test_the_cosine_reward_is_trls():
+    trl = pytest.importorskip("trl.rewards", exc_type=ImportError)
+    pytest.importorskip("math_verify")
+    theirs = trl.get_cosine_scaled_reward(max_len=100)
+    weights = RewardWeights(scheme="cosine", format=0.0)
+    for answer in ("5", "4"):
+        for tokens in (0, 1, 30, 77, 100):
+            (expected,) = theirs([[{"content": rf"\boxed{{{answer}}}"}]], ["5"], [[0] * tokens])
+            ours = score(SUM, f"<answer>{answer}</answer>", True, weights, tokens=tokens, max_tokens=100)
+            assert ours.reward == pytest.approx(expected)

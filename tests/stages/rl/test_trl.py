@@ -18,10 +18,11 @@ from stages.rl.advantages import group_centred, group_normalised, leave_one_out
 from stages.rl.algorithms import ALGORITHMS
 from stages.rl.mismatch import truncated_importance
 from stages.rl.policy_loss import PolicyBatch, PolicyObjective, policy_loss
-from stages.rl.preference_loss import dpo_loss, preference_margin
+from stages.rl.preference_loss import bradley_terry_loss, dpo_loss, preference_margin
+from stages.rl.preference_tasks import pair_figures
 
 pytest.importorskip("trl")
-from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, RewardTrainer, RLOOConfig, RLOOTrainer
 
 B, T, LONGEST = 12, 9, 11
 CLOSE = {"rtol": 1e-12, "atol": 1e-14}
@@ -188,3 +189,21 @@ def test_dr_grpo_and_leave_one_out_advantages_are_trls(trl_advantages):
     torch.testing.assert_close(group_centred(REWARDS_PG), centred_PG, rtol=1e-12, atol=1e-15)
     out_PG = trl_advantages(RLOOTrainer, RLOOConfig)
     torch.testing.assert_close(leave_one_out(REWARDS_PG), out_PG, rtol=1e-12, atol=1e-15)
+
+
+def test_the_bradley_terry_loss_and_its_gradient_are_trls():
+    rewards_B = torch.randn(B, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    stand_in = SimpleNamespace(
+        **{"model": SimpleNamespace(training=True), "args": SimpleNamespace(center_rewards_coefficient=None)},
+        **{"_metrics": {"train": collections.defaultdict(list)}, "_total_train_tokens": 0, "_tp_size": 1},
+        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
+    )
+    inputs = {"attention_mask": torch.ones(B, 2)}
+    theirs = RewardTrainer.compute_loss(stand_in, lambda **_: SimpleNamespace(logits=rewards_B[:, None]), inputs)
+    ours = bradley_terry_loss(*rewards_B.chunk(2), B // 2)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    (our_B,), (their_B,) = (torch.autograd.grad(loss, rewards_B) for loss in (ours, theirs))
+    torch.testing.assert_close(our_B, their_B, **CLOSE)
+    right, margin = pair_figures(rewards_B.view(2, -1))[:2] / (B // 2)
+    assert float(right) == pytest.approx(stand_in._metrics["train"]["accuracy"][0], rel=1e-6)
+    assert float(margin) == pytest.approx(stand_in._metrics["train"]["margin"][0], rel=1e-6)

@@ -116,5 +116,5 @@ def test_transformers_renders_the_same_ids_and_mask(saved, messages, generation_
 
 
 def test_an_unknown_role_is_refused(tokenizer):
-    with pytest.raises(InputError, match="'tool'"):
-        render([{"role": "tool", "content": ""}], tokenizer)
+    with pytest.raises(InputError, match="'judge'"):
+        render([{"role": "judge", "content": ""}], tokenizer)

@@ -164,6 +164,14 @@ def test_sft_learns_conversations_and_worked_problems(base, conversations, tmp_p
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+def test_general_conversations_are_the_share_of_all_that_was_asked_for(base, conversations, tmp_path):
+    inputs = {"checkpoint": base[0], "conversations": conversations, "general": conversations}
+    config = SftConfig(steps=1, batch_size=4, sequence_length=64, general_share=0.2)
+    summary = sft(config, inputs, Context.local(tmp_path))
+    assert (summary["general_conversations"], summary["general_passes"]) == (10, 0.25)  # beside 40 others
+    assert summary["conversations"] == 50
+
+
 def test_sft_without_anything_to_learn_from_says_what_to_give(base, tmp_path):
     with pytest.raises(InputError, match="give the input conversations, problems or both"):
         sft(SftConfig(steps=1), {"checkpoint": base[0]}, Context.local(tmp_path))
