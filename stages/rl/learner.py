@@ -91,12 +91,8 @@ class Learner:
         # RL trains the main model: the multi-token-prediction modules wait aside, unchanged, and return at the end.
         self.whole = (self.model.mtp, self.model.config)
         self.model.mtp, self.model.config = torch.nn.ModuleList(), self.model.config.replace(n_mtp=0)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.kl_coefficient else None
         self.critic = ValueModel(copy.deepcopy(self.model)) if config.loss == "ppo" else None
-        self.update = Update(config, self.model, self.reference, self.critic, self.tokenizer.pad, ranks)
-        if self.reference and config.precision == "bf16":  # as the policy now is
-            for weight in self.reference.low_precision_weights():
-                weight.data = weight.data.bfloat16()
+        self.update = Update(config, self.model, self.critic, self.tokenizer.pad, ranks)
         self.questions = Questions(job.problems, config.groups_per_step, config.seed)
         self.rollouts = RolloutStore(Path(job.scratch) / ROLLOUTS)
         self.judges = Judges(
@@ -115,6 +111,7 @@ class Learner:
             self.rollouts,
             self.judges,
         )
+        self.stream = torch.cuda.Stream() if config.staleness and ranks.device.type == "cuda" else None
         self.taken = 0  # the step whose weights explore
         self.ahead: Future[Explored] | None = None
         self.store = ResumeStore(Path(job.scratch) / "resume")
@@ -139,7 +136,6 @@ class Learner:
     def state(self) -> dict[str, Any]:
         return {
             "update": self.update.state(),
-            "reference": self.reference.state_dict() if self.reference else None,
             "explored_by": self.explored_by.state_dict() if self.config.staleness else None,
             "taken": self.taken,
             "rows": self.rows,
@@ -150,8 +146,6 @@ class Learner:
         state = self.store.load()
         if state is not None:
             self.update.load(state["update"])
-            if self.reference:
-                self.reference.load_state_dict(state["reference"])
             if self.config.staleness:
                 self.explored_by.load_state_dict(state["explored_by"])
                 self.explorer.take(self.explored_by.state_dict().items())
@@ -168,8 +162,8 @@ class Learner:
         """Explore, learn, measure. The row of metrics is the same on every rank."""
         config = self.config
         tally = Tally(config.languages, self.judges.names, critic=self.critic is not None)
-        if self.reference and config.reference_renew_every and number and number % config.reference_renew_every == 0:
-            self.reference.load_state_dict(self.model.state_dict())
+        if config.reference_renew_every and number and number % config.reference_renew_every == 0:
+            self.update.renew_reference()
         started = time.monotonic()
         rollouts = self.explore(number)
         staleness = number - self.taken
@@ -219,8 +213,7 @@ class Learner:
 
     def ask_first(self, number: int) -> Explored:
         """The step's own questions. It may run beside the learner: on a stream of its own, without collectives."""
-        aside = torch.cuda.stream(torch.cuda.Stream()) if self.ranks.device.type == "cuda" else nullcontext()
-        with aside if self.config.staleness else nullcontext():
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             return self.ask(number, self.questions.asked(number), Explored([], 0, 0))
 
     def ask(self, number: int, problems: list[Problem], before: Explored) -> Explored:
@@ -258,6 +251,6 @@ class Learner:
 
     def step_flops(self, explored: list[Rollout], learned: list[Rollout]) -> float:
         """Model FLOPs of this rank's share: 2N a token for generating, judging and the reference, 6N for learning."""
-        passes = 3.0 * self.config.updates_per_exploration * (2 if self.critic else 1) + bool(self.reference)
+        passes = 3.0 * self.config.updates_per_exploration * (2 if self.critic else 1) + bool(self.update.reference)
         config = self.model.config
         return forward_flops(config, explored) + passes * forward_flops(config, learned) + self.judges.flops(explored)

@@ -5,6 +5,7 @@ Legend: B replies of R tokens (right-padded).
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Trained:
-    """A model with its optimiser and the bucket of its gradients. Weights in `split` become bf16 with fp32 masters."""
+    """A model with its optimiser and the bucket of its gradients."""
 
     def __init__(
         self,
@@ -81,26 +82,40 @@ class Update:
         self,
         config: GrpoConfig,
         policy: Transformer,
-        reference: Transformer | None,
         critic: ValueModel | None,
         pad: int,
         ranks: Ranks,
     ) -> None:
-        self.config, self.reference, self.pad, self.ranks = config, reference, pad, ranks
-        split = policy.low_precision_weights() if config.precision == "bf16" else []
-        self.policy = Trained(policy, config.learning_rate, config.weight_decay, 2, split)
-        split = critic.trunk.low_precision_weights() if critic and config.precision == "bf16" else []
-        self.critic = Trained(critic, config.critic.learning_rate, config.weight_decay, 0, split) if critic else None
+        self.config, self.pad, self.ranks = config, pad, ranks
+        decay = config.weight_decay
+
+        def split(trunk: Transformer) -> Iterable[Tensor]:
+            return trunk.low_precision_weights() if config.precision == "bf16" else ()
+
+        self.policy = Trained(policy, config.learning_rate, decay, n_statistics=2, split=split(policy))
+        self.critic = Trained(critic, config.critic.learning_rate, decay, split=split(critic.trunk)) if critic else None
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coefficient else None
         # With a critic the divergence from the reference is paid for in the rewards (DeepSeekMath, equation 2).
         self.objective = dataclasses.replace(config.objective, kl_coefficient=0.0) if critic else config.objective
 
     def state(self) -> dict[str, Any]:
-        return {"policy": self.policy.state(), "critic": self.critic.state() if self.critic else None}
+        return {
+            "policy": self.policy.state(),
+            "critic": self.critic.state() if self.critic else None,
+            "reference": self.reference.state_dict() if self.reference else None,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         self.policy.load(state["policy"])
         if self.critic:
             self.critic.load(state["critic"])
+        if self.reference:
+            self.reference.load_state_dict(state["reference"])
+
+    def renew_reference(self) -> None:
+        """From now on the reference is the policy as it is."""
+        if self.reference:
+            self.reference.load_state_dict(self.policy.model.state_dict())
 
     def learn(self, number: int, batch: Sequence[Credited], replies: float, tokens: float, tally: Tally) -> None:
         """Learn from this rank's `batch` in step `number`; `replies` and `tokens` are those of all ranks that count."""
@@ -135,7 +150,7 @@ class Update:
                 self.policy.bucket.collect()
                 tally.add(loss=loss.item(), kl=metrics.kl, clipped=metrics.clipped, loss_tokens=metrics.tokens)
                 tally.peak(max_ratio=metrics.max_ratio)
-                if values_BR is not None:
+                if self.critic and values_BR is not None:
                     assert look.old_values_BR is not None
                     assert look.returns_BR is not None
                     error = value_loss(

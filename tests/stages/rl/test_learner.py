@@ -149,6 +149,23 @@ def test_reward_rises_with_stale_replies(job, tmp_path):
     assert sum(row["accuracy"] for row in rows[-3:]) / 3 > sum(row["accuracy"] for row in rows[:3]) / 3 + 0.2
 
 
+@pytest.mark.parametrize("options", [{"loss": "ppo"}, STALE], ids=["ppo", "stale"])
+def test_bf16_weights_and_what_explores_beside_them_survive_a_kill_to_the_bit(job, tmp_path, options):
+    whole, killed = (job(tmp_path / name, steps=4, precision="bf16", **options) for name in ("whole", "killed"))
+
+    def stop(done, total, unit, **metrics):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    learn(whole, silent)
+    with pytest.raises(KeyboardInterrupt):
+        learn(killed, stop)
+    learn(killed, silent)
+    ours, theirs = weights(killed.out), weights(whole.out)
+    assert {tensor.dtype for tensor in theirs.values() if tensor.is_floating_point()} == {torch.float32}
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_online_rft_learns_from_right_replies_alone(job, tmp_path):
     rewards = {"accuracy": 1, "format": 0, "language": 0}
     rows = learn(job(tmp_path, steps=12, loss="online_rft", rewards=rewards, kl_coefficient=0.0), silent)
