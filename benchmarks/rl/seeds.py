@@ -241,7 +241,7 @@ def over_seeds(rows: Iterable[Row]) -> list[Row]:
 
 
 def plot(path: Path, rows: list[Row]) -> None:
-    """A point a seed and, where there are several, the mean with its interval, for each case."""
+    """For each case a point a seed and the mean, with its 95 % t interval where there are several."""
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(one["case"] for one in rows))
@@ -256,7 +256,7 @@ def plot(path: Path, rows: list[Row]) -> None:
                 axes.plot(one["ours"], height + 0.2, "o", color="tab:blue", alpha=0.6)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set_yticks(range(len(cases)), list(reversed(cases)))
-    axes.set_xlabel("difference or share; bars: 95 % t interval over seeds")
+    axes.set_xlabel("difference or share")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
