@@ -128,14 +128,9 @@ def test_problems_without_a_worked_solution_cannot_be_taught(write, tmp_path):
         sft(SftConfig(epochs=1), {"checkpoint": problems, "problems": problems}, Context.local(tmp_path / "sft"))
 
 
-HUMANEVAL = {
-    "prompt": 'def add(x: int, y: int):\n    """Add two numbers x and y"""\n',
-    "entry_point": "add",
-    "canonical_solution": "    return x + y\n",
-    "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    import random\n    assert candidate(0, 1) == 1\n",
-}
 CHECK = (
     "METADATA = {'author': 'jt'}\n\ndef check(candidate):\n    assert candidate(2, 3) == 5, 'sum'\n"
+    "    import math\n    assert candidate(2, 3 * 19) == 118 / 2\n    assert candidate('a' + 'b', '') == 'ab'\n"
     "    assert abs(candidate(0.5, 1) - 1.5) < 1e-6\n    assert candidate((1,), ()) == (1,)\n    assert True\n"
     "\ncheck(add)\n"
 )
@@ -145,7 +140,7 @@ ADD = "def add(a, b):\n    return a + b"
 @pytest.mark.parametrize(
     ("tests", "right", "wrong", "n"),
     [
-        (CHECK, ADD, "def add(a, b): return [1]", 3),
+        (CHECK, ADD, "def add(a, b): return [1]", 5),
         (["assert add(2, 3) == 5", "assert add([1], [2]) == [1, 2]"], ADD, "def add(a, b): return 5", 2),
         (["assert less(1, 2)", "assert not less(2, 1)"], "def less(a, b): return a < b", "less = max", 2),
         ({"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [[3], [1, 2]]}, ADD, "def add(a, b): pass", 2),
@@ -176,7 +171,12 @@ def test_programs_are_judged_by_the_tests_of_the_published_sets(write, tmp_path,
 @pytest.mark.parametrize(
     ("tests", "message"),
     [
-        (HUMANEVAL["test"], "'import random' is no assert"),
+        (
+            "def check(candidate):\n    import random\n    assert candidate(random.random(), 1)",
+            r"'random\.random\(\)' is no literal",
+        ),
+        (["assert add(1 / 0) == 1"], "'1 / 0' is no literal"),
+        (["assert add('a' * 10**9) == 1"], "is no literal"),
         (["assert add(1, x) == 2"], "'x' is no literal"),
         (["assert add(1, 2) == {1, 2}"], "'{1, 2}' is no literal that can be compared"),
         (["assert set(add(1)) == {1}"], r"'add\(1\)' is no literal"),
