@@ -21,6 +21,7 @@ from infra.config import Config, Field
 from infra.errors import InputError
 from infra.stage import Context, Inputs, one_of, stage
 from stages.problems.problem import Problem
+from stages.rl.rewards import chain_of
 from stages.rl.rollout import read_rollouts
 from stages.training.supervised import CONVERSATIONS
 
@@ -104,7 +105,7 @@ def why_not(row: dict[str, Any], config: RejectionSampleConfig) -> str | None:
         return "wrong"
     if row["language_consistency"] < config.min_consistency:
         return "mixed_language"
-    if "```" in row["completion"]:
+    if "```" in chain_of(row["completion"]):  # an answer may be a program
         return "code_block"
     if max(map(len, row["completion"].splitlines()), default=0) > config.max_paragraph:
         return "long_paragraph"

@@ -227,6 +227,7 @@ def test_rejection_sampling_reads_what_reinforcement_learning_kept(inputs, tmp_p
 def test_every_reason_to_drop_is_counted_once():
     good = {"completion": "<think>so</think><answer>3</answer>", "accuracy": 1.0, "format": 1.0, "tokens": 9}
     good |= {"language_consistency": 1.0, "repetition": 0.1}
+    program = "<think>so</think><answer>```python\npass\n```</answer>"  # an answer may be code, a chain may not
     rows = [
         good,
         good,
@@ -237,11 +238,11 @@ def test_every_reason_to_drop_is_counted_once():
         {**good, "completion": "longer", "tokens": 99},
         {**good, "completion": "a paragraph\n" + "x" * 2001 + "\n"},
         {**good, "completion": "again and again", "repetition": 0.6},
-        {**good, "completion": "second"},
+        {**good, "completion": program},
         {**good, "completion": "third"},
     ]
     kept, dropped = choose(rows, RejectionSampleConfig(keep_per_problem=2, max_tokens=50))
-    assert [row["completion"] for row in kept] == [good["completion"], "second"]
+    assert [row["completion"] for row in kept] == [good["completion"], program]
     assert dict(dropped) == dict.fromkeys(REASONS, 1)
 
 
