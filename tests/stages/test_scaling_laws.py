@@ -78,6 +78,7 @@ def start(tokens: Artifact, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(words, cwd=Path(__file__).parents[2], env=os.environ, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_a_killed_stage_trains_only_what_is_missing_and_leaves_a_whole_report(tokens, tmp_path):
     process = start(tokens, tmp_path)
     points = tmp_path / "scratch" / "points"
