@@ -28,7 +28,10 @@ HEADER = "# Generated from the registry of stages and pipelines by: python -m fl
 
 # Stages that take every core or the GPU: a second run of the same deployment waits for the first. It does not wait for
 # other deployments' runs.
-EXCLUSIVE = ("pretrain", "extend_context", "sft", "grpo", "sample", "distill", "evaluate")
+EXCLUSIVE = (
+    *("pretrain", "extend_context", "scaling_laws", "sft", "grpo", "sample", "dpo", "train_reward_model"),
+    *("label_steps", "train_process_reward_model", "distill", "evaluate", "probe", "benchmark"),
+)
 SCHEDULES = {"ingest": "0 2 * * *", "evaluate": "0 6 * * 1", "report": "0 7 * * 1"}
 
 

@@ -131,6 +131,8 @@ def _problem(values: dict[str, Any], where: str, config: ImportProblemsConfig) -
                 rf"{MAX_ANSWER} characters, in \boxed{{}} or by itself, or leave the line out"
             )
     language = _language(values, question, where, config)
+    if (name := arguments.get("function")) and name not in question:  # MBPP's text leaves it to the tests
+        question += {"en": f"\n\nName the function `{name}`.", "zh": f"\n\n函数名为 `{name}`。"}[language]
     content = "".join(unicodedata.normalize("NFKC", question).casefold().split())
     solution = _text(values, config.solution_field, "solution_field", where) if config.solution_field else ""
     return Problem(

@@ -24,7 +24,6 @@ from stages.evaluation.measures import REPORT, joined, read_report, to_json
 from stages.training.checkpoint import load_config
 
 CARD = "README.md"
-FLOPS = ("train_flops", "sample_flops")
 
 
 class ModelCardConfig(Config):
@@ -180,7 +179,9 @@ def _lineage(graph: Lineage, checkpoint: Artifact) -> list[str]:
 
 
 def _flops(manifest: Manifest) -> float:
-    return float(sum(_number(manifest.summary.get(name)) for name in FLOPS))
+    """Of training, and of sampling where it was done: stages behind `sample` repeat its figure."""
+    names = ("train_flops", *(("sample_flops",) if manifest.stage == "sample" else ()))
+    return float(sum(_number(manifest.summary.get(name)) for name in names))
 
 
 def _number(value: Any) -> float:

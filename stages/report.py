@@ -92,7 +92,7 @@ def markdown(title: str, evaluations: Mapping[str, Evaluation], verdicts: list[V
     lines = [
         f"# {title}",
         "",
-        "| checkpoint | problems | pass@1 | 95 % interval | consensus | format | language | length | FLOPs |",
+        "| checkpoint | problems | pass@1 | 95 % interval | consensus | format | language | length | last FLOPs |",
         "|-|-|-|-|-|-|-|-|-|",
     ]
     for evaluation in evaluations.values():

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,7 @@ def main() -> None:
         shutil.copy(made[name].path / "curves.png", arguments.out / f"{about}_{name}.png")
     record.write(
         arguments.out / f"{about}.json",
-        " ".join(
-            ["python benchmarks/rl/line.py --recipe", arguments.recipe]
-            + (["--set", *arguments.set] if arguments.set else [])
-        ),
+        " ".join(["python benchmarks/rl/line.py", *sys.argv[1:]]),
         rows,
         arguments.commit,
         **{f"curve_{name}": curve(made[name]) for name in filter(made.get, RL)},

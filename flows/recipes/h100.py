@@ -121,7 +121,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "probe_r1": {"name": "r1", "cases": 100, **ROLLOUT},
     "model_card_r1": {"name": "Fathom R1", "license": "apache-2.0"},
-    "promote_r1": {"tag": "r1@released", "require": ("pass_1 >= 0.5", "format >= 0.95", "chain_mixed <= 0.05")},
+    "promote_r1": {"tag": "r1@released", "require": tiny.REQUIRED},
     "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ROLLOUT},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", "steps": 90, **RL},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ROLLOUT},

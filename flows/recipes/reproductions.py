@@ -72,12 +72,12 @@ OPEN_R1: dict[str, dict[str, Any]] = {
         **{"epochs": 5.0, "batch_size": 128, "sequence_length": 32768, "micro_batch_size": 1, "precision": "bf16"},
         **{"learning_rate": {"schedule": "cosine", "peak": 4e-5, "warmup_steps": 400}, "recompute": ["block"]},
     },
-    "evaluate_traces": {"name": "open_r1_sft", "samples": 4, "max_new_tokens": 32768},
+    "evaluate_traces": {"name": "open_r1_sft", "samples": 4, "max_new_tokens": 30720},
     "math_rl": {
         **{"name": "open_r1", "steps": 200, "groups_per_step": 32, "rollout_groups": 32, "group_size": 16},
         **{"rewards": {"accuracy": 1.0, "format": 0.1}, "learning_rate": 1e-6, "max_new_tokens": 8192},
     },
-    "evaluate_math_rl": {"name": "open_r1", "samples": 4, "max_new_tokens": 32768},
+    "evaluate_math_rl": {"name": "open_r1", "samples": 4, "max_new_tokens": 30720},
     "report_traces": {
         "title": "Open-R1",
         "claims": [{"left": "open_r1", "right": "open_r1_sft", "strict": False}],

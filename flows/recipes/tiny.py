@@ -53,6 +53,8 @@ ROUND = {
         "kl_coefficient": 0.04,
     },
 }
+# A chain without words mixes none: the last keeps a silent model from passing by the one before.
+REQUIRED = ("pass_1 >= 0.5", "format >= 0.9", "chain_mixed <= 0.1", "chain_wordless <= 0.1")
 # The prompt behind which V3's expert learns R1's replies asks for reflection and verification (V3, section 5.1); its
 # words are not published. These are what a row of 128 tokens has room for.
 REFLECT = "Reflect and verify."
@@ -125,7 +127,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "probe_r1": {"name": "r1", "cases": 40, **REPLY},
     "model_card_r1": {"name": "Fathom R1 tiny", "license": "apache-2.0"},
-    "promote_r1": {"tag": "r1@released", "require": ("pass_1 >= 0.5", "format >= 0.9", "chain_mixed <= 0.1")},
+    "promote_r1": {"tag": "r1@released", "require": REQUIRED},
     "evaluate_base": {"name": "base", "template": "r1_zero", **EVALUATE},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", **GRPO, **ZERO, "steps": 30},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", **EVALUATE},

@@ -66,7 +66,7 @@ class Evaluation:
     figures: list[dict[str, Any]]
     text: list[dict[str, Any]]
     curve: list[dict[str, Any]]
-    flops: float | None = None  # of the stages that made this checkpoint from its starting point, sampling included
+    flops: float | None = None  # of the checkpoint's last stage, with the sampling that it learnt from where it says so
     teacher_flops: float = 0.0  # of them what another model spent for it
 
     @property

@@ -49,7 +49,17 @@ def bootstrap_ratio(
     return Interval(float(sums_C.sum() / sizes_C.sum()), float(low), float(high))
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> Interval:
+def bootstrap_share(values: Sequence[float], clusters: Sequence[str], seed: int = 0) -> Interval:
+    """`bootstrap_mean` of values in [0, 1]. Where all agree it has no width: then the ends are Wilson's, of as many
+    draws as there are clusters."""
+    interval = bootstrap_mean(values, clusters, seed=seed)
+    if interval.low < interval.high:
+        return interval
+    n = len(set(clusters))
+    return dataclasses.replace(wilson(interval.mean * n, n), mean=interval.mean)
+
+
+def wilson(successes: float, n: int, z: float = 1.96) -> Interval:
     """Wilson's 95 % interval of a share (1927): honest at 0 and n successes, where a bootstrap has no width."""
     assert 0 <= successes <= n, (successes, n)
     assert n, "a share of nothing"

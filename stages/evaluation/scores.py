@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from stages.evaluation.intervals import Interval, bootstrap_mean
+from stages.evaluation.intervals import Interval, bootstrap_mean, bootstrap_share
 from stages.evaluation.pass_at_k import curve_ks, maj_at_k, pass_at_k
 from stages.problems.problem import Problem
 from stages.problems.verify import ballot, verify
@@ -64,7 +64,7 @@ def curve(records: Sequence[dict[str, Any]], seed: int = 0) -> list[dict[str, An
         row: dict[str, Any] = {"k": k}
         for name in ("pass", "maj"):
             values = [record[f"{name}_at_k"][position] for record in records]
-            row |= _named(name, bootstrap_mean(values, contents, seed=seed))
+            row |= _named(name, bootstrap_share(values, contents, seed))
         rows.append(row)
     return rows
 
@@ -86,7 +86,8 @@ def _measures(members: Sequence[dict[str, Any]], seed: int) -> dict[str, float]:
     figures = {}
     contents = [member["content"] for member in members]
     for measure in MEASURES:
-        figures |= _named(measure, bootstrap_mean([member[measure] for member in members], contents, seed=seed))
+        interval = bootstrap_mean if measure == "length" else bootstrap_share
+        figures |= _named(measure, interval([member[measure] for member in members], contents, seed=seed))
     return figures
 
 

@@ -58,8 +58,9 @@ def _apps(value: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs) or not inputs:
         raise UnreadableTests("inputs and outputs are not two lists of one length")
     if name := value.get("fn_name"):
-        # APPS wraps most values of functions in a list of one.
-        values = [told[0] if isinstance(told, list) and len(told) == 1 else told for told in outputs]
+        # APPS wraps the values of most functions in a list of one, those of one function all alike.
+        wrapped = all(isinstance(told, list) and len(told) == 1 for told in outputs)
+        values = [told[0] for told in outputs] if wrapped else outputs
         if not all(isinstance(given, list) for given in inputs):
             raise UnreadableTests("the inputs of a function are no lists of arguments")
         return {"function": name, "calls": [list(pair) for pair in zip(inputs, values, strict=True)]}

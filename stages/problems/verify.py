@@ -140,6 +140,8 @@ def ballot(problem: Problem, text: str) -> str:
         return f"{result.value} from {sorted(result.numbers)}"
     if problem.verifier == "boxed":
         return str(min(readings(tidy(plain)), default=tidy(plain)))
+    if problem.verifier in ("text", "reasoning_gym"):  # judged by the letter
+        return re.sub(r"[ \t]+(?=\n|$)", "", plain.strip())
     return re.sub(r"[ ,，、]+", " ", plain.lower())
 
 

@@ -131,7 +131,9 @@ def _published(
         prompt = _text(messages[:number], tokenizer, True, tools)
         after = _text(messages[: number + 1], tokenizer, False, tools)
         reply = after.removeprefix(prompt)
-        kept = "".join((messages[number]["content"] or "").split()) in "".join(reply.split())
+        message, squeezed = messages[number], "".join(reply.split())
+        parts = [message["content"] or "", *(call["function"]["name"] for call in message.get("tool_calls") or ())]
+        kept = all("".join(part.split()) in squeezed for part in parts)
         if not (prompt.startswith(done) and after.startswith(prompt) and whole.startswith(after) and kept):
             raise InputError(
                 "this checkpoint's chat template drops or rewrites what the assistant says, so that it cannot be "

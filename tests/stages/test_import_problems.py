@@ -143,12 +143,14 @@ ADD = "def add(a, b):\n    return a + b"
         (CHECK, ADD, "def add(a, b): return [1]", 5),
         (["assert add(2, 3) == 5", "assert add([1], [2]) == [1, 2]"], ADD, "def add(a, b): return 5", 2),
         (["assert less(1, 2)", "assert not less(2, 1)"], "def less(a, b): return a < b", "less = max", 2),
-        ({"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [[3], [1, 2]]}, ADD, "def add(a, b): pass", 2),
+        ({"fn_name": "add", "inputs": [[1, 2], [[1], [2]]], "outputs": [[3], [[1, 2]]]}, ADD, "def add(a, b): pass", 2),
+        ({"fn_name": "add", "inputs": [[[], [5]], [[1], [2]]], "outputs": [[5], [1, 2]]}, ADD,
+         "def add(a, b): return 5 if b == [5] else [1, 2]", 2),
         ('{"inputs": ["1 2\\n", ["3", "4"]], "outputs": ["3\\n", ["7"]]}',
          "import sys\nprint(sum(map(int, sys.stdin.read().split())))", "print(3)", 2),
         ({"function": "add", "calls": [[[1, 2], 3]]}, ADD, "def add(a, b): return 2", 1),
     ],
-    ids=["HumanEval", "MBPP", "truth", "APPS, a function", "APPS, text", "ours"],
+    ids=["HumanEval", "MBPP", "truth", "APPS, a function", "APPS, lists", "APPS, text", "ours"],
 )  # fmt: skip
 def test_programs_are_judged_by_the_tests_of_the_published_sets(write, tmp_path, tests, right, wrong, n):
     summary, splits = read(
@@ -160,6 +162,8 @@ def test_programs_are_judged_by_the_tests_of_the_published_sets(write, tmp_path,
     )
     (problem,) = splits["train"] + splits["heldout"]
     assert (problem.verifier, problem.answer, summary["tests"]) == ("code", "", n)
+    function = problem.arguments.get("function")
+    assert problem.question == (f"Write it.\n\nName the function `{function}`." if function else "Write it.")
     try:
         require([problem])
     except ConfigError as error:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stages.evaluation.claims import Claim, Evaluation, Rise, judge, judge_rise
-from stages.evaluation.intervals import bootstrap_mean, paired_difference
+from stages.evaluation.intervals import bootstrap_mean, bootstrap_share, paired_difference
 from stages.evaluation.ngram import fit
 from stages.evaluation.pass_at_k import curve_ks, maj_at_k, pass_at_k
 from stages.evaluation.scores import curve, problem_record, table
@@ -107,6 +107,13 @@ def test_the_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
         interval = bootstrap_mean(rng.binomial(16, rates) / 16, resamples=400, seed=trial)
         covered += interval.low <= 1 / 3 <= interval.high
     assert 0.90 <= covered / 300 <= 0.985
+
+
+def test_problems_that_agree_leave_room_for_those_that_were_not_asked():
+    one = bootstrap_share([1.0, 1.0], ["sum", "sum"])  # twins
+    assert one.mean == 1 and one.low < 0.25
+    assert bootstrap_share([1.0] * 200, [str(n) for n in range(200)]).low > 0.97
+    assert bootstrap_share([0.0, 1.0, 1.0], list("abc")) == bootstrap_mean([0.0, 1.0, 1.0], list("abc"))
 
 
 def test_pairing_makes_the_interval_of_a_difference_narrow():

@@ -91,6 +91,8 @@ def test_a_ballot_is_the_same_for_answers_that_say_the_same():
     problem = Problem("x", "countdown", "en", 1, "?", "", "", "countdown", {"numbers": [2, 3, 7], "target": 13}, "")
     assert ballot(problem, "2*3+7") == ballot(problem, " 7+(3×2)") != ballot(problem, "7+3+2")
     assert ballot(problem, "13") != ballot(problem, "2*3+7")
+    letters = Problem("x", "gym_x", "en", 1, "?", "", "True", "text", {"value": "True"}, "")
+    assert ballot(letters, " True ") == "True" != ballot(letters, "true")  # it is judged by the letter
     for text in HOSTILE:
         assert isinstance(ballot(problem, text), str)
     listed = Problem("x", "sort", "en", 1, "?", "", "", "integers", {"values": [1, 2]}, "")

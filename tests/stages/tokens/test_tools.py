@@ -175,6 +175,16 @@ def test_tokenizers_from_before_tools_render_as_they_did_and_refuse_tools(folder
         render([USER, TOLD], old)
 
 
+def test_a_template_that_lists_tools_and_forgets_the_calls_cannot_be_learnt_from(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    forgets = "{{ tools | tojson }}" + BEFORE_TOOLS
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": forgets}))
+    with pytest.raises(InputError, match="drops or rewrites what the assistant says"):
+        render([USER, {**ASKS, "content": ""}], bpe.load_tokenizer(tmp_path), tools=TOOLS)
+
+
 @pytest.mark.slow
 def test_vllms_parser_reads_our_calls(tmp_path):
     pytest.importorskip("vllm")
