@@ -23,7 +23,7 @@ from infra.stage import Context, Inputs, stage
 from stages.corpus import languages
 from stages.corpus.document import fraction
 from stages.corpus.sources import Raw, Source
-from stages.corpus.sources.files import HubDataset, JsonLines, Parquet
+from stages.corpus.sources.files import OwnDataset, OwnFiles
 from stages.tokens.messages import conversation_text
 from stages.tokens.tools import calls_text
 from stages.tokens.traces import think_answer
@@ -46,31 +46,12 @@ class _Fields(Config):
         return conversation_text(value, field, where, beside.get(self.tools_field or ""))
 
 
-class ConversationFiles(_Fields):
+class ConversationFiles(OwnFiles, _Fields):
     """Files of the user's own."""
 
-    kind: Literal["files"] = "files"
-    path: str = Field(description="a file, a folder or a glob")
-    format: Literal["jsonl", "parquet"]
-    id_field: str | None = Field(None, description="column with unique ids; the place in the file when unset")
 
-    def build(self) -> Source:
-        source = {"jsonl": JsonLines, "parquet": Parquet}[self.format]
-        about = (self.name, self.path, None, "conversation", self.license, self.messages_field, self.id_field)
-        return source(*about, convert=self.text, option="source.messages_field", beside=self.beside)
-
-
-class ConversationDataset(_Fields):
+class ConversationDataset(OwnDataset, _Fields):
     """A dataset that the `datasets` library loads by name, or from a folder."""
-
-    kind: Literal["dataset"] = "dataset"
-    path: str = Field(description="what datasets.load_dataset takes")
-    subset: str | None = None
-    split: str = "train"
-
-    def build(self) -> Source:
-        place = (self.name, self.path, self.subset, self.split, self.messages_field, None, "conversation", self.license)
-        return HubDataset(*place, convert=self.text, option="source.messages_field", beside=self.beside)
 
 
 class IngestConversationsConfig(Config):
@@ -84,14 +65,20 @@ class IngestConversationsConfig(Config):
     seed: int = 0
 
 
+def _source(config: IngestConversationsConfig) -> Source:
+    mine = config.source
+    reading = {"convert": mine.text, "option": "source.messages_field", "beside": mine.beside}
+    return mine.source(mine.name, "conversation", mine.license, mine.messages_field, **reading)
+
+
 def _outside(config: IngestConversationsConfig) -> dict[str, str]:
-    return config.source.build().versions()
+    return _source(config).versions()
 
 
 @stage(version=2, makes="conversations", reads=_outside)
 def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Read one source of conversations, for a checkpoint to learn from."""
-    source = config.source.build()
+    source = _source(config)
     rows = {f"{source.name}/{raw.key}": raw.text for raw in _read(source, ctx)}
     read = len(rows)
     if config.traces == "think_answer":

@@ -16,7 +16,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from infra.config import Config, Field
 from infra.errors import InputError
@@ -24,7 +24,7 @@ from infra.stage import Context, Inputs, stage
 from stages.corpus import languages
 from stages.corpus.document import fraction
 from stages.corpus.sources import Source
-from stages.corpus.sources.files import HubDataset, JsonLines, Parquet
+from stages.corpus.sources.files import OwnDataset, OwnFiles
 from stages.rl.preferences import Preference, write_preferences
 from stages.tokens.messages import conversation_text
 
@@ -60,31 +60,12 @@ class _Fields(Config):
         return json.dumps(pair | {"margin": margin}, ensure_ascii=False)
 
 
-class PreferenceFiles(_Fields):
+class PreferenceFiles(OwnFiles, _Fields):
     """Files of the user's own."""
 
-    kind: Literal["files"] = "files"
-    path: str = Field(description="a file, a folder or a glob")
-    format: Literal["jsonl", "parquet"]
-    id_field: str | None = Field(None, description="column with unique ids; the place in the file when unset")
 
-    def build(self) -> Source:
-        source = {"jsonl": JsonLines, "parquet": Parquet}[self.format]
-        about = (self.name, self.path, None, "preference", self.license, self.chosen_field, self.id_field)
-        return source(*about, convert=self.pair_text, option="source.chosen_field", beside=self.beside)
-
-
-class PreferenceDataset(_Fields):
+class PreferenceDataset(OwnDataset, _Fields):
     """A dataset that the `datasets` library loads by name, or from a folder."""
-
-    kind: Literal["dataset"] = "dataset"
-    path: str = Field(description="what datasets.load_dataset takes")
-    subset: str | None = None
-    split: str = "train"
-
-    def build(self) -> Source:
-        place = (self.name, self.path, self.subset, self.split, self.chosen_field, None, "preference", self.license)
-        return HubDataset(*place, convert=self.pair_text, option="source.chosen_field", beside=self.beside)
 
 
 class IngestPreferencesConfig(Config):
@@ -93,14 +74,20 @@ class IngestPreferencesConfig(Config):
     seed: int = 0
 
 
+def _source(config: IngestPreferencesConfig) -> Source:
+    mine = config.source
+    reading = {"convert": mine.pair_text, "option": "source.chosen_field", "beside": mine.beside}
+    return mine.source(mine.name, "preference", mine.license, mine.chosen_field, **reading)
+
+
 def _outside(config: IngestPreferencesConfig) -> dict[str, str]:
-    return config.source.build().versions()
+    return _source(config).versions()
 
 
 @stage(version=1, makes="preferences", reads=_outside)
 def ingest_preferences(config: IngestPreferencesConfig, inputs: Inputs, ctx: Context) -> dict:
     """Read one source of preferences, for dpo or a reward model to learn from."""
-    source = config.source.build()
+    source = _source(config)
     units, rows = source.units(), {}
     for done, unit in enumerate(units, start=1):
         rows |= {f"{source.name}/{raw.key}": raw.text for raw in source.read(unit)}

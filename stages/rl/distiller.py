@@ -46,6 +46,7 @@ class Distiller(Trainer):
         super().__init__(job, ranks)
         assert job.lesson is not None and job.tokenizer is not None
         self.lesson = job.lesson
+        assert not (self.lesson.on_policy and ranks.world > 1), "replies are one rank's, whatever machine it is on"
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.teacher = load_teacher(self.lesson.teacher, ranks.device, rounded=job.optimization.precision != "fp32")
         self.engine = NativeEngine(self.model)
@@ -90,7 +91,7 @@ class Distiller(Trainer):
         batches = super()._read(sequences)
         if not self.lesson.on_policy:
             return batches
-        seed = Random(f"{self.job.optimization.seed}/{self.progress.step}/{self.ranks.rank}/replies").getrandbits(62)
+        seed = Random(f"{self.job.optimization.seed}/{self.progress.step}/replies").getrandbits(62)
         prompts = [prompt for batch in batches for prompt in _prompts(batch)]
         sampling = Sampling(self.lesson.max_new_tokens, stop_ids=(self.tokenizer.eos,))
         replies = [self._known(reply.tokens) for reply in self.engine.generate(prompts, sampling, seed)]
@@ -143,8 +144,8 @@ def require_same_tokenizer(student: str, teacher: str) -> None:
     """InputError unless every id means the same bytes to both: a distribution can be compared to no other."""
     ours, theirs = (load_tokenizer(directory).tokens() for directory in (student, teacher))
     if ours != theirs:
-        differing = sum(theirs.get(token) != number for token, number in ours.items())
+        differing = len(ours.items() ^ theirs.items())
         raise InputError(
-            f"the teacher's tokenizer is not the student's: {differing} of the student's {len(ours)} tokens have "
-            "another id or none there; set method=sft, or give a student that was made with the teacher's tokenizer"
+            f"the teacher's tokenizer is not the student's: they differ in {differing} pairs of token and id; "
+            "set method=sft, or give a student that was made with the teacher's tokenizer"
         )

@@ -7,6 +7,7 @@ response (harmlessness). A process model scores the steps that `steps.split_step
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -28,7 +29,7 @@ class Judges:
         """The rollouts with what the models say of them."""
         judged = list(rollouts)
         if self.preference:
-            points = self.preference.score([_conversation(rollout) for rollout in judged])
+            points = _points(self.preference, judged)
             judged = [_paid(rollout, point, self.weight) for rollout, point in zip(judged, points, strict=True)]
         if self.process:
             chains = [(rollout.problem.question, split_steps(rollout.text)) for rollout in judged]
@@ -48,7 +49,7 @@ class Judges:
     def flops(self, rollouts: Sequence[Rollout]) -> float:
         """What judging them costs."""
         models = [judge.model for judge in (self.preference, self.process) if judge]
-        return sum(forward_flops(model.config, rollouts) for model in models)
+        return sum(forward_flops(model.config, rollouts, head=False) for model in models)
 
 
 def step_ends(tokens: Sequence[int], steps: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -64,6 +65,17 @@ def step_ends(tokens: Sequence[int], steps: Sequence[str], tokenizer: Tokenizer)
         place = low
         ends.append(place)
     return [*ends, len(tokens) - 1] if steps else []
+
+
+def _points(judge: RewardModel, rollouts: Sequence[Rollout]) -> list[float]:
+    """What the preference model says of each reply. It has learnt from whole replies: one that was cut off, says
+    nothing under its target or has marks of its template in it is worth the least that another to its problem is."""
+    fit = [rollout for rollout in rollouts if rollout.finished and judge.can_judge(rollout.text)]
+    scores = dict(zip(map(id, fit), judge.score([_conversation(rollout) for rollout in fit]), strict=True))
+    least: dict[str, float] = {}
+    for rollout in fit:
+        least[rollout.problem.id] = min(scores[id(rollout)], least.get(rollout.problem.id, math.inf))
+    return [scores.get(id(rollout), least.get(rollout.problem.id, 0.0)) for rollout in rollouts]
 
 
 def _conversation(rollout: Rollout) -> list[dict[str, str]]:

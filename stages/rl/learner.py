@@ -188,6 +188,8 @@ class Learner:
     def take(self, number: int) -> None:
         """Explore from now on with the weights of step `number`, as they are before it is learnt."""
         self.explorer.take(self.model.state_dict().items())
+        if self.stream:  # which reads the copies
+            self.stream.wait_stream(torch.cuda.current_stream())
         self.taken = number
 
     def explore(self, number: int) -> list[Rollout]:
@@ -251,6 +253,7 @@ class Learner:
 
     def step_flops(self, explored: list[Rollout], learned: list[Rollout]) -> float:
         """Model FLOPs of this rank's share: 2N a token for generating, judging and the reference, 6N for learning."""
-        passes = 3.0 * self.config.updates_per_exploration * (2 if self.critic else 1) + bool(self.update.reference)
-        config = self.model.config
-        return forward_flops(config, explored) + passes * forward_flops(config, learned) + self.judges.flops(explored)
+        config, passes = self.model.config, 3.0 * self.config.updates_per_exploration
+        spent = forward_flops(config, explored) + self.judges.flops(explored)
+        spent += (passes + bool(self.update.reference)) * forward_flops(config, learned)
+        return spent + (passes * forward_flops(config, learned, head=False) if self.critic else 0.0)

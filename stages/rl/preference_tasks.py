@@ -32,6 +32,7 @@ class Dpo:
 
     figures: ClassVar = ("accuracy", "margin", "reward_chosen", "reward_rejected")
     n_constants: ClassVar = 2
+    head: ClassVar = True
 
     def open(self, device: torch.device) -> Transformer:
         """The model without its multi-token-prediction modules, which come back as they were."""
@@ -68,6 +69,7 @@ class BradleyTerry:
 
     figures: ClassVar = ("accuracy", "margin", "reward_chosen", "reward_rejected")
     n_constants: ClassVar = 0
+    head: ClassVar = False
 
     def open(self, device: torch.device) -> ValueModel:
         return load_value_model(self.checkpoint, str(device))
@@ -106,6 +108,7 @@ class Steps:
 
     figures: ClassVar = ("accuracy", "brier", "label")
     n_constants: ClassVar = 0
+    head: ClassVar = False
 
     def open(self, device: torch.device) -> ValueModel:
         return load_value_model(self.checkpoint, str(device))

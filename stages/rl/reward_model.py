@@ -44,19 +44,18 @@ class RewardModel:
         Raises InputError for a conversation whose last turn is not the assistant's, and from a model of steps.
         """
         if self.target == "steps":
-            raise InputError("this reward model scores steps: call score_steps, or train one of responses or answers")
+            raise InputError("this reward model scores steps: call score_chains, or train one of responses or answers")
         placed = [place_reply(messages, self.target, self.tokenizer) for messages in conversations]
         return [values[0] for values in self._values(placed)]
 
-    def score_steps(self, question: str, steps: Sequence[str]) -> list[float]:
-        """How likely each step is right, in [0, 1]. `steps` are `split_steps` of the whole reply, `<think>` included.
-
-        Raises InputError from a model of whole replies.
-        """
-        return self.score_chains([(question, steps)])[0]
+    def can_judge(self, reply: str) -> bool:
+        """Whether a reply says anything under the target, in words and not in marks of the model's own template."""
+        said = judged(reply, self.target)
+        return bool(said.strip()) and not any(mark in said for mark in self.tokenizer.special_ids)
 
     def score_chains(self, chains: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
-        """`score_steps` of many (question, steps) in as few passes as they fill."""
+        """How likely each step of (question, steps) is right, in [0, 1]. `steps` are `split_steps` of the whole reply,
+        `<think>` included. Raises InputError from a model of whole replies."""
         if self.target != "steps":
             raise InputError(f"this reward model judges the {self.target}: call score, or train one with label_steps")
         placed = [place_steps(question, steps, self.tokenizer) for question, steps in chains]

@@ -92,8 +92,8 @@ class Judged:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What the rules say of one reply: `rules` by name, each in [0, 1], `reward`, what they are paid, and the `reason`
-    why its answer is wrong ("" if it is right)."""
+    """What the rules say of one reply: `rules` by name, each in [0, 1] (a preference model's points have no bounds),
+    `reward`, what they are paid, and the `reason` why its answer is wrong ("" if it is right)."""
 
     reward: float
     rules: Mapping[str, float]

@@ -148,7 +148,9 @@ def grouped(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
         yield list(group)
 
 
-def forward_flops(config: ModelConfig, rollouts: Sequence[Rollout]) -> float:
-    """FLOPs of one forward pass over prompts and replies: what generating them costs, and a third of learning them."""
+def forward_flops(config: ModelConfig, rollouts: Sequence[Rollout], head: bool = True) -> float:
+    """FLOPs of one forward pass over prompts and replies: what generating them costs, and a third of learning them. A
+    value model has no `head` over the vocabulary."""
     lengths = [len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts]
-    return sum(length * config.flops_per_token(length) / 3 for length in lengths)
+    per_token = config.flops_per_token if head else config.non_embedding_flops_per_token
+    return sum(length * per_token(length) / 3 for length in lengths)

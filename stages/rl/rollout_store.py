@@ -71,7 +71,8 @@ class RolloutStore:
 
 
 def weights_digest(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """What tells weights from others: names and the XOR of the bits of each tensor, which costs one read of them."""
+    """What tells trained weights from others: names and the XOR of the bits of each tensor, which costs one read of
+    them. Numbers that only changed places look the same."""
     names, tensors = zip(*named_tensors, strict=True)
     bits = torch.stack([torch.hash_tensor(tensor) for tensor in tensors]).tolist()
     return sha256(repr(list(zip(names, bits, strict=True))).encode()).hexdigest()

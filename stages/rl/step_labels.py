@@ -13,6 +13,7 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
+from infra.errors import InputError
 from infra.metrics import Report
 from stages.problems.problem import Problem
 from stages.rl.engines import EngineName, open_engine
@@ -67,6 +68,11 @@ def labelled(
     rows: Sequence[Row], engine: Engine, tokenizer: Tokenizer, sampling: Sampling, completions: int, seed: int
 ) -> list[Row]:
     """The rows with the token that ends each step and the step's label."""
+    if other := [row["problem_id"] for row in rows if reply_text(row["reply_ids"], tokenizer) != row["completion"]]:
+        raise InputError(
+            f"the reply to {other[0]} reads otherwise by the checkpoint's tokenizer: label with the model that sampled "
+            "it, or with one of the same tokenizer"
+        )
     cut = [split_steps(row["completion"]) for row in rows]
     prefixes = {key: row for row, steps in zip(rows, cut, strict=True) for key in _prefixes(row, steps)}
     prompts = [[*row["prompt_ids"], *tokenizer.encode(text)] for (_, text), row in prefixes.items()]

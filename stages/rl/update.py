@@ -148,7 +148,12 @@ class Update:
                 )
                 loss.backward()
                 self.policy.bucket.collect()
-                tally.add(loss=loss.item(), kl=metrics.kl, clipped=metrics.clipped, loss_tokens=metrics.tokens)
+                tally.add(
+                    loss=loss.item() / config.updates_per_exploration,
+                    kl=metrics.kl,
+                    clipped=metrics.clipped,
+                    loss_tokens=metrics.tokens,
+                )
                 tally.peak(max_ratio=metrics.max_ratio)
                 if self.critic and values_BR is not None:
                     assert look.old_values_BR is not None
@@ -158,7 +163,7 @@ class Update:
                     )
                     error.backward()
                     self.critic.bucket.collect()
-                    tally.add(value_loss=error.item())
+                    tally.add(value_loss=error.item() / config.updates_per_exploration)
             self.policy.bucket.reduce(self.ranks)
             if update == 0:
                 check_mismatch(number + 1, *self.policy.bucket.statistics.tolist(), config.max_mismatch_kl)

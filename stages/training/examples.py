@@ -60,6 +60,7 @@ class Task(Protocol):
 
     figures: tuple[str, ...]
     n_constants: int  # K: what the weights at the start say of an example, and the loss needs
+    head: bool  # whether the module has one over the vocabulary
 
     def open(self, device: torch.device) -> Any:
         """The module to train, in eval mode: nothing of it is random."""
@@ -242,11 +243,12 @@ def summarize_examples(job: ExamplesJob, rows: list[dict[str, float]]) -> dict[s
     once = sum(len(example) for examples in (job.train, *job.heldout.values()) for example in examples)
     mean = max(1, round(learnt / (len(rows) * job.config.batch_size)))
     passes = learnt + (once / 3 if job.task.n_constants else 0)
+    per_token = job.model.flops_per_token if job.task.head else job.model.non_embedding_flops_per_token
     summary: dict[str, Scalar] = {
         "steps": len(rows),
         "examples": len(job.train),
         "tokens": round(learnt),
-        "train_flops": passes * job.model.flops_per_token(mean),
+        "train_flops": passes * per_token(mean),
     }
     tenth = max(1, len(rows) // 10)
     for what in ("loss", *job.task.figures):

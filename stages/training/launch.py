@@ -17,7 +17,8 @@ def launch(job: TrainJob, ctx: Context) -> TrainResult:
     if job.lesson:
         from stages.rl.distiller import teach  # which is built on this package
 
-        return spmd(teach, job, ctx, workers=workers)[0]
+        # On policy each rank draws its own replies: more ranks would be other replies under the same id.
+        return spmd(teach, job, ctx, workers=1 if job.lesson.on_policy else workers)[0]
     return spmd(train, job, ctx, workers=workers)[0]
 
 

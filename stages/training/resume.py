@@ -154,7 +154,7 @@ class _Writer(dcp.FileSystemWriter):
             for name, value in state_dict.items()
         }
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # the device at large may be recording a graph beside us
         return staged
 
     def write_data(self, plan: Any, planner: Any) -> torch.futures.Future[Any]:

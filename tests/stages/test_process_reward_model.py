@@ -56,6 +56,13 @@ def rollouts(folder, rows):
     return Artifact.local(folder, "rollouts")
 
 
+def test_replies_of_another_tokenizer_are_not_labelled(policy, row, tmp_path):
+    other = row(0, reply("so", 3)) | {"completion": reply("so", 4)}  # as other ids would read
+    given = {"checkpoint": policy, "rollouts": rollouts(tmp_path / "rollouts", [other])}
+    with pytest.raises(InputError, match="reads otherwise by the checkpoint's tokenizer"):
+        label_steps(LabelStepsConfig(max_new_tokens=14), given, Context.local(tmp_path / "labelled"))
+
+
 def test_a_step_is_labelled_by_the_share_of_right_completions_and_an_answer_by_its_verdict(policy, row, tmp_path):
     texts = [reply("so", 3), reply("so", 4), reply("so 4 Pull, so", 4)]
     rows = [row(n, text) for n in range(3) for text in texts] + [row(0, "<think>so", finished=False), row(0, texts[0])]

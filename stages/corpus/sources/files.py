@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.config import Config, Field
 from infra.errors import InputError
 from stages.corpus.sources import Raw
 
@@ -233,3 +234,30 @@ def _load_dataset(path: str, subset: str | None, split: str) -> Any:
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class OwnFiles(Config):
+    """Where files of the user's own lie: what sources of other things than documents have in their configs too."""
+
+    kind: Literal["files"] = "files"
+    path: str = Field(description="a file, a folder or a glob")
+    format: Literal["jsonl", "parquet"]
+    id_field: str | None = Field(None, description="column with unique ids; the place in the file when unset")
+
+    def source(self, name: str, domain: str, license: str, column: str, **reading: Any) -> JsonLines | Parquet:
+        """`reading`: convert, option and beside of the source."""
+        kind = {"jsonl": JsonLines, "parquet": Parquet}[self.format]
+        return kind(name, self.path, None, domain, license, column, self.id_field, **reading)
+
+
+class OwnDataset(Config):
+    """A dataset that the `datasets` library loads by name, or from a folder."""
+
+    kind: Literal["dataset"] = "dataset"
+    path: str = Field(description="what datasets.load_dataset takes")
+    subset: str | None = None
+    split: str = "train"
+
+    def source(self, name: str, domain: str, license: str, column: str, **reading: Any) -> HubDataset:
+        """As `OwnFiles.source`."""
+        return HubDataset(name, self.path, self.subset, self.split, column, None, domain, license, **reading)

@@ -1,4 +1,4 @@
-"""The embedded engine: our own batched generator on the learner's own weights, in the learner's process."""
+"""The embedded engine: our own batched generator in the learner's process, on the model that it is given."""
 
 from __future__ import annotations
 

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from infra.errors import InputError
+from stages.rl.judges import Judges
 from stages.rl.reward_model import RewardModel, judged, load_reward_model, place_reply, place_steps, save_reward_model
+from stages.rl.rewards import Score
+from stages.rl.rollout import Rollout
 from stages.rl.steps import split_steps
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_value_model
@@ -94,9 +97,9 @@ def test_steps_are_scored_at_their_ends_by_what_was_read_up_to_there(scored):
     model = scored("steps")
     steps = split_steps("<think>so. Pull 1. so</think><answer>3</answer>")
     assert len(steps) == 4
-    scores = model.score_steps("Pull 1.", steps)
+    (scores,) = model.score_chains([("Pull 1.", steps)])
     assert all(0 < score < 1 for score in scores)
-    assert model.score_steps("Pull 1.", steps[:2]) == pytest.approx(scores[:2], abs=1e-6)
+    assert model.score_chains([("Pull 1.", steps[:2])])[0] == pytest.approx(scores[:2], abs=1e-6)
     chains = [("Pull 1.", steps), ("Pull 22.", steps[:1]), ("Pull 1.", [])]
     found = model.score_chains(chains)
     assert [len(one) for one in found] == [4, 1, 0]
@@ -111,11 +114,25 @@ def test_steps_encoded_one_by_one_are_the_reply_encoded_whole(bandit_base):
     assert places[-1] == len(ids) - 1
 
 
+def test_a_reply_that_the_model_never_learnt_to_judge_is_worth_the_least(scored, bandit_problems):
+    texts = [*REPLIES, "<think>so", REPLIES[0].replace("<answer>5", "<answer>5<｜User｜>"), "<think>so</think>"]
+    rollouts = [
+        Rollout(bandit_problems[0], [1], [2], [0.0], text != "<think>so", text, Score(0.5, {})) for text in texts
+    ]
+    paid = Judges(preference=scored("answer"), weight=2.0).judge(rollouts, scored("answer").tokenizer)
+    points = [rollout.score.rules["preference"] for rollout in paid]
+    assert len(set(points[:4])) == 4
+    assert points[4:] == [min(points[:4])] * 3, "cut off, a mark of the template, no answer"
+    assert [rollout.score.reward for rollout in paid] == pytest.approx([0.5 + 2 * point for point in points])
+    (alone,) = Judges(preference=scored("answer"), weight=2.0).judge(rollouts[4:5], scored("answer").tokenizer)
+    assert alone.score.reward == 0.5
+
+
 def test_what_cannot_be_scored_is_refused(scored, bandit_base):
-    with pytest.raises(InputError, match="call score_steps"):
+    with pytest.raises(InputError, match="call score_chains"):
         scored("steps").score([turns("a", "b")])
     with pytest.raises(InputError, match="judges the response: call score"):
-        scored("response").score_steps("a", ["b"])
+        scored("response").score_chains([("a", ["b"])])
     with pytest.raises(InputError, match="the assistant's: add the reply"):
         scored("response").score([turns("a", "b")[:1]])
     with pytest.raises(InputError, match=r"no reward_model\.json"):
