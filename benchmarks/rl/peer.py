@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -109,6 +110,8 @@ def trainer(
         disable_tqdm=True,
     )
     paid = Paid(task)
-    made = GRPOTrainer(model, paid, arguments, Dataset.from_list(rows), processing_class=tokenizer)
+    # The name spares `datasets` the hash of the table, which some installations of pyarrow cannot pickle.
+    questions = Dataset(InMemoryTable.from_pylist(rows), fingerprint="questions")
+    made = GRPOTrainer(model, paid, arguments, questions, processing_class=tokenizer)
     made.remove_callback(PrinterCallback)
     return made, paid

@@ -5,7 +5,8 @@
 Every seed is the recipe's own graph with that seed in all that follows the base: one base, one problem set, one student
 base. Stages run in this process through the store of the working folder, so whatever is there is reused, and a killed
 benchmark goes on where it was. `--base` takes tags or ids for the base's nodes instead of making them. Writes
-results/NAME_PART.json (rows a seed, means over seeds with 95 % t intervals) and a plot of each part after every seed.
+results/NAME_PART.json beside this file, or into --out (rows a seed, means over seeds with 95 % t intervals), and a plot
+of each part after every seed.
 
 gain      GRPO over its cold start: pass@1, and the rise of Maj@16 less that of Pass@16.
 language  GRPO with and without the language reward (summed with accuracy as it is, as R1 does), from a start that was
@@ -44,7 +45,6 @@ from stages.problems.registry import FAMILIES, LANGUAGES
 from stages.report import read_evaluation
 from stages.rl.prompts import worked_turns
 
-RESULTS = Path(__file__).parent / "results"
 SEEDED = ("sft", "grpo", "sample", "distill", "label_steps", "train_process_reward_model")
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees
 Row = dict[str, Any]
@@ -122,9 +122,11 @@ def gain(graph: Graph) -> Iterable[Row]:
 
 
 def language(graph: Graph) -> Iterable[Row]:
-    mixed = {name: mixed_share(graph.make(f"evaluate_{name}")) for name in ("mixed_start", "plain_rl", "language_rl")}
-    for name, share in mixed.items():
-        yield {"case": f"chains of mixed language, {name}", "ours": share, "anchors": {}}
+    mixed = {}
+    for name in ("mixed_start", "plain_rl", "language_rl"):
+        mixed[name], foreign = astray(graph.make(f"evaluate_{name}"))
+        yield {"case": f"chains of mixed language, {name}", "ours": mixed[name], "anchors": {}}
+        yield {"case": f"chains without a word of it, {name}", "ours": foreign, "anchors": {}}
     cut = 1 - mixed["language_rl"] / mixed["plain_rl"] if mixed["plain_rl"] else 0.0
     yield {"case": "mixed chains cut by the language reward", "ours": cut, "anchors": {"bar": 0.8}}
     cost = graph.judge(Claim(left="language_rl", right="plain_rl"), "evaluate_language_rl", "evaluate_plain_rl")
@@ -156,11 +158,13 @@ def row(case: str, verdict: Verdict) -> Row:
     return {"case": case, "ours": verdict.difference, "anchors": interval}
 
 
-def mixed_share(evaluation: Artifact) -> float:
-    """Share of the replies that an evaluation keeps in which a word of the chain is not of the question's language."""
+def astray(evaluation: Artifact) -> tuple[float, float]:
+    """Of the replies that an evaluation keeps, the share whose chain mixes languages, and the share whose chain has no
+    word of the question's."""
     kept = pq.read_table(evaluation.path / "rollouts-00000.parquet", columns=["language_consistency"])
     consistency = kept["language_consistency"].to_pylist()
-    return sum(value < 1 for value in consistency) / len(consistency)
+    mixed, foreign = sum(0 < value < 1 for value in consistency), sum(value == 0 for value in consistency)
+    return mixed / len(consistency), foreign / len(consistency)
 
 
 def mixed_conversations(recipe: Recipe, n: int) -> list[Row]:
@@ -267,20 +271,22 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--base", nargs="*", default=[], metavar="NODE=ID_OR_TAG", help="taken instead of made")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--commit", help="of a tree that is no checkout")
     arguments = parser.parse_args()
     settings = Settings.load()
     store = ArtifactStore(settings.store, settings.workspace)
     recipe = widened(load_recipe(arguments.recipe), store.work / "benchmarks")
     base = dict(pair.split("=", 1) for pair in arguments.base)
-    command = " ".join(["python", "benchmarks/rl/seeds.py", *sys.argv[1:]])
+    command = " ".join(["python benchmarks/rl/seeds.py", *sys.argv[1:]])
     for part in arguments.parts:
         measure, pipeline = PARTS[part]
         rows: list[Row] = []
         for seed in arguments.seeds:
             graph = Graph(pipeline, recipe, store, settings, seed, base)
             rows += [{"metric": f"seed {seed}", **one} for one in measure(graph)]
-            path = RESULTS / f"{arguments.recipe}_{part}.json"
-            record.write(path, command, over_seeds(rows))
+            path = arguments.out / f"{arguments.recipe}_{part}.json"
+            record.write(path, command, over_seeds(rows), arguments.commit)
             plot(path.with_suffix(".png"), over_seeds(rows))
 
 
