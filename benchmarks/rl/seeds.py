@@ -122,13 +122,15 @@ def gain(graph: Graph) -> Iterable[Row]:
 
 
 def language(graph: Graph) -> Iterable[Row]:
-    mixed = {}
+    shares = {}
     for name in ("mixed_start", "plain_rl", "language_rl"):
-        mixed[name], foreign = astray(graph.make(f"evaluate_{name}"))
-        yield {"case": f"chains of mixed language, {name}", "ours": mixed[name], "anchors": {}}
-        yield {"case": f"chains without a word of it, {name}", "ours": foreign, "anchors": {}}
-    cut = 1 - mixed["language_rl"] / mixed["plain_rl"] if mixed["plain_rl"] else 0.0
-    yield {"case": "mixed chains cut by the language reward", "ours": cut, "anchors": {"bar": 0.8}}
+        shares[name] = astray(graph.make(f"evaluate_{name}"))
+        for kind, share in shares[name].items():
+            yield {"case": f"{kind}, {name}", "ours": share, "anchors": {}}
+    for kind, left in shares["plain_rl"].items():
+        if left:  # of none there is nothing to cut
+            cut = 1 - shares["language_rl"][kind] / left
+            yield {"case": f"{kind}: share cut by the language reward", "ours": cut, "anchors": {"bar": 0.8}}
     cost = graph.judge(Claim(left="language_rl", right="plain_rl"), "evaluate_language_rl", "evaluate_plain_rl")
     yield row("pass@1 with the language reward less without", cost)
 
@@ -158,13 +160,16 @@ def row(case: str, verdict: Verdict) -> Row:
     return {"case": case, "ours": verdict.difference, "anchors": interval}
 
 
-def astray(evaluation: Artifact) -> tuple[float, float]:
-    """Of the replies that an evaluation keeps, the share whose chain mixes languages, and the share whose chain has no
-    word of the question's."""
+def astray(evaluation: Artifact) -> dict[str, float]:
+    """Shares of the replies that an evaluation keeps: chains that mix the question's language with another, and all
+    that are not wholly in it, also for want of any word."""
     kept = pq.read_table(evaluation.path / "rollouts-00000.parquet", columns=["language_consistency"])
     consistency = kept["language_consistency"].to_pylist()
-    mixed, foreign = sum(0 < value < 1 for value in consistency), sum(value == 0 for value in consistency)
-    return mixed / len(consistency), foreign / len(consistency)
+    mixed, strayed = sum(0 < value < 1 for value in consistency), sum(value < 1 for value in consistency)
+    return {
+        "chains of mixed language": mixed / len(consistency),
+        "chains not wholly in the question's": strayed / len(consistency),
+    }
 
 
 def mixed_conversations(recipe: Recipe, n: int) -> list[Row]:
