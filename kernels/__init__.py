@@ -5,7 +5,7 @@ Triton (`fused`) on CUDA, torch (`eager`) elsewhere.
 """
 
 from kernels.attention import attention, visibility
-from kernels.autograd import apply_rope, keys_and_values, rms_norm, route, swiglu
+from kernels.autograd import add_rms_norm, apply_rope, keys_and_values, rms_norm, route, swiglu
 from kernels.dispatch import implementation
 from kernels.divergence import divergence, linear_divergence
 from kernels.eager import NO_TARGET, join_master, split_master
@@ -19,6 +19,7 @@ __all__ = [
     "PREFIX",
     "Permutation",
     "RoutingRule",
+    "add_rms_norm",
     "apply_rope",
     "attention",
     "compact",

@@ -39,6 +39,28 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _RMSNorm.apply(x_ND, weight_D, eps)
 
 
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, added: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, y, rstd = implementation(x).add_rms_norm(x, added, weight_D, eps)
+        ctx.save_for_backward(total, weight_D, rstd)
+        return total, y
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor, grad: Tensor):
+        total, weight_D, rstd = ctx.saved_tensors
+        grad_x, grad_weight_D = implementation(total).rms_norm_backward(grad, total, weight_D, rstd, grad_total)
+        return grad_x, grad_x, grad_weight_D.to(weight_D.dtype), None
+
+
+def add_rms_norm(x_ND: Tensor, added_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + added, and `reference.rms_norm` of it: the residual stream behind a layer, and what the next one reads."""
+    if _inferring():
+        total_ND = x_ND + added_ND
+        return total_ND, inference.rms_norm(total_ND, weight_D, eps)
+    return _AddRMSNorm.apply(x_ND, added_ND, weight_D, eps)
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up_N2F: Tensor, scale_N: Tensor | None) -> Tensor:

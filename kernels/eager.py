@@ -20,12 +20,26 @@ NO_TARGET = -1  # as a row's target: the row counts nothing
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normalised rows in x's dtype, and the reciprocal root mean square of each, fp32 [..., 1]."""
     x32 = x.float()
-    rstd = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+    rstd = reciprocal_rms(x32, eps)
     return (x32 * rstd).mul_(weight_D).to(x.dtype), rstd
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x (its dtype) and of the gain (fp32)."""
+def add_rms_norm(x: Tensor, added: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + added, and `rms_norm` of it."""
+    total = x + added
+    return total, *rms_norm(total, weight_D, eps)
+
+
+def reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    """The reciprocal root mean square of each row, fp32 [..., 1]."""
+    return (torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, grad_sum: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x (its dtype; with `grad_sum`, the gradient that reaches x beside the norm, of both) and of the gain
+    (fp32)."""
     width = x.shape[-1]
     normal = x.float() * rstd
     grad = grad.float()
@@ -33,8 +47,8 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor) -
     product = grad * normal
     grad_weight_D = product.reshape(-1, width).sum(0)
     mean = (product @ weight_D.float()).unsqueeze(-1) / width
-    grad_x = (grad * weight_D).addcmul_(normal, mean, value=-1).mul_(rstd)
-    return grad_x.to(x.dtype), grad_weight_D
+    grad_x = (grad * weight_D).addcmul_(normal, mean, value=-1).mul_(rstd).to(x.dtype)
+    return grad_x if grad_sum is None else grad_x + grad_sum, grad_weight_D
 
 
 def swiglu(gate_up: Tensor, scale_N: Tensor | None = None) -> Tensor:

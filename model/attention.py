@@ -47,9 +47,10 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if normed else None
         self.out = Linear(self.n_heads * self.head_dim, config.d_model)
 
-    def forward(self, x_BTD: Tensor, rope: Rotation, visible: Tensor | None) -> Tensor:
-        """Attend within the sequence, causally; inside documents where `visible` is `kernels.visibility` of them."""
-        return self._attend(*self._project(x_BTD, rope), visible)
+    def forward(self, x_BTD: Tensor, rope: Rotation, visible: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+        """Attend within the sequence, causally; inside documents where `visible` is `kernels.visibility` of them. A
+        `norm` is applied to x first."""
+        return self._attend(*self._project(x_BTD, rope, norm), visible)
 
     def cache(self, float8: bool = False) -> Cache:
         """An empty cache; ConfigError if it should be float8, which is for MLA's latent."""
@@ -78,8 +79,8 @@ class GroupedQueryAttention(nn.Module):
         y_BKXd = F.scaled_dot_product_attention(q_BKXd, k_BKSd, v_BKSd, attn_mask=mask_BTS[:, None], scale=self.scale)
         return self.out(y_BKXd.unflatten(2, (-1, groups)).permute(0, 2, 1, 3, 4).flatten(2))
 
-    def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        heads_BTHd = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+    def _project(self, x_BTD: Tensor, rope: Rotation, norm: RMSNorm | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        heads_BTHd = self.qkv(x_BTD, norm).unflatten(-1, (-1, self.head_dim))
         qk, v = heads_BTHd.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
@@ -116,9 +117,10 @@ class LatentAttention(nn.Module):
         self.kv_up = Linear(self.rank, self.n_heads * (self.nope_dim + self.value_dim))
         self.out = Linear(self.n_heads * self.value_dim, config.d_model)
 
-    def forward(self, x_BTD: Tensor, rope: Rotation, visible: Tensor | None) -> Tensor:
-        """Attend within the sequence, causally; inside documents where `visible` is `kernels.visibility` of them."""
-        return self._attend(*self.recompute("mla_up", self._up, *self._compress(x_BTD), rope), visible)
+    def forward(self, x_BTD: Tensor, rope: Rotation, visible: Tensor | None, norm: RMSNorm | None = None) -> Tensor:
+        """Attend within the sequence, causally; inside documents where `visible` is `kernels.visibility` of them. A
+        `norm` is applied to x first."""
+        return self._attend(*self.recompute("mla_up", self._up, *self._compress(x_BTD, norm), rope), visible)
 
     def cache(self, float8: bool = False) -> Cache:
         """An empty cache, its latents in float8 or in the dtype of the activations."""
@@ -159,13 +161,13 @@ class LatentAttention(nn.Module):
         """Queries [B, T, H, N + R] and what is cached [B, T, C + R], both with their last R dims rotated."""
         return self._rotate(*self._compress(x_BTD), rope)
 
-    def _compress(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _compress(self, x_BTD: Tensor, norm: RMSNorm | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The query (or its latent), the key/value latent and the shared key, neither normalised nor rotated."""
-        return self.qkv(x_BTD).split([self.query_width, self.rank, self.rope_dim], dim=-1)
+        return self.qkv(x_BTD, norm).split([self.query_width, self.rank, self.rope_dim], dim=-1)
 
     def _rotate(self, q: Tensor, latent: Tensor, key: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:
         if self.q_norm is not None and self.q_up is not None:
-            q = self.q_up(self.q_norm(q))
+            q = self.q_up(q, self.q_norm)
         q_BTHd = kernels.apply_rope(q.unflatten(-1, (self.n_heads, -1)), *rope.per_head())
         return q_BTHd, kernels.apply_rope(torch.cat([self.kv_norm(latent), key], dim=-1), *rope)
 

@@ -127,6 +127,11 @@ class _View(NamedTuple):
     offset: int
 
 
+def makes_again(recompute: Callable[..., Any], name: Recomputed) -> bool:
+    """Whether a module's `recompute` drops the outputs of that name."""
+    return isinstance(recompute, Recompute) and name in recompute.names
+
+
 def _unpack(kept: Any) -> Any:
     if not isinstance(kept, _View):
         return kept

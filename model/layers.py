@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import fp8
-from model.checkpointing import plain
+from model.checkpointing import makes_again, plain
 from model.float8 import Float8, in_float8
 
 
@@ -22,10 +22,11 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Of x or, with a `norm`, of norm(x)."""
         if not in_float8(self):
-            return F.linear(x, self.weight, self.bias)
-        y = fp8.linear(x, self.weight)
+            return F.linear(x if norm is None else norm(x), self.weight, self.bias)
+        y = fp8.linear(x, self.weight) if norm is None else fp8.norm_linear(x, norm.weight, norm.eps, self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -41,6 +42,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.recompute("rms_norm", kernels.rms_norm, x, self.weight, self.eps)
+
+    def add(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and that normalised: in one pass, unless the norm is to be made again from the sum."""
+        if makes_again(self.recompute, "rms_norm"):
+            total = x + added
+            return total, self(total)
+        return kernels.add_rms_norm(x, added, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -44,8 +44,8 @@ class Block(nn.Module):
     def _forward(
         self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, visible: Tensor | None
     ) -> tuple[Tensor, Balance | None]:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, visible)
-        h_BTD = self.ffn_norm(x_BTD)
+        attended_BTD = self.attention(x_BTD, rope, visible, self.attention_norm)
+        x_BTD, h_BTD = self.ffn_norm.add(x_BTD, attended_BTD)
         if isinstance(self.ffn, MoE):
             y_BTD, balance = self.ffn(h_BTD, tokens_BT)
             return x_BTD + y_BTD, balance

@@ -24,10 +24,10 @@ SWIGLUS = ((16384, 2048), (16384, 8192), (98304, 1408))
 
 def liger() -> Any | None:
     try:
-        from liger_kernel.ops import rms_norm, swiglu
+        from liger_kernel.ops import fused_add_rms_norm, rms_norm
     except ImportError:
         return None
-    return rms_norm, swiglu
+    return rms_norm, fused_add_rms_norm
 
 
 def copy_gbps() -> float:
@@ -63,9 +63,9 @@ def memory() -> Iterator[dict[str, Any]]:
             case = Case(f"memory quantize weight 64x{d}x1408", "GB/s", 4.0 * weight.numel())
             case.add("ours", lambda w=weight: quantize.quantize_weight(w))
             yield run(case)
-        yield from (run(case) for case in norms(n, d, peers))
+        yield from (run(case) for case in (*norms(n, d, peers), *fused_norms(n, d, peers)))
     for n, f in SWIGLUS:
-        yield from (run(case) for case in swiglus(n, f, peers))
+        yield from (run(case) for case in swiglus(n, f))
     yield from (run(case) for case in (*routers(), *routing()))
 
 
@@ -99,7 +99,45 @@ def norms(n: int, d: int, peers: Any) -> Iterator[Case]:
     yield case
 
 
-def swiglus(n: int, f: int, peers: Any) -> Iterator[Case]:
+def fused_norms(n: int, d: int, peers: Any) -> Iterator[Case]:
+    """The norm behind the sum that it normalises and before the quantisation that reads it, against one by one."""
+    x, added, grad, beside = (torch.randn(n, d, device="cuda", dtype=BF16) for _ in range(4))
+    weight = torch.rand(d, device="cuda") + 0.5
+    total, _, rstd = fused.add_rms_norm(x, added, weight, 1e-6)
+    low = weight.bfloat16()
+    case = Case(f"memory add, rms_norm {n}x{d}", "GB/s", 8.0 * n * d, F.rms_norm(x + added, (d,), low, 1e-6), 5e-3)
+    case.taken = lambda out: out[1]
+    case.add("ours", lambda: fused.add_rms_norm(x, added, weight, 1e-6))
+
+    def one_by_one() -> tuple[Tensor, Tensor]:
+        summed = x + added
+        return summed, fused.rms_norm(summed, weight, 1e-6)[0]
+
+    case.add("unfused", one_by_one)
+    if peers:
+        # Y and S, in this order; the sum is what is compared.
+        case.add("liger", lambda: peers[1].fused_add_rms_norm_forward(x, added, low, 1e-6, 0.0, "llama")[1::-1])
+    yield case
+    case = Case(f"memory add, rms_norm backward {n}x{d}", "GB/s", 8.0 * n * d)
+    case.add("ours", lambda: fused.rms_norm_backward(grad, total, weight, rstd, beside))
+    case.add("unfused", lambda: fused.rms_norm_backward(grad, total, weight, rstd)[0] + beside)
+    if peers:
+        *_, rstd_of_liger, block, warps, stages, casting = peers[1].fused_add_rms_norm_forward(
+            x, added, low, 1e-6, 0.0, "llama"
+        )
+        options = 0.0, casting, block, warps, stages, False
+        backward = peers[1].fused_add_rms_norm_backward
+        case.add("liger", lambda: backward(grad, beside, total, low, rstd_of_liger, *options))
+    yield case
+    case = Case(f"memory rms_norm, quantize both {n}x{d}", "GB/s", (4 + 2 * 4 / 128) * n * d)
+    exact = reference.norm_quantize(x, eager.reciprocal_rms(x, 1e-6).flatten(), weight)
+    case.expected, case.tolerance, case.taken = codes(exact), 2e-2, codes  # one by one, bf16 stands between
+    case.add("ours", lambda: quantize.norm_quantize(x, fused.reciprocal_rms(x, 1e-6).flatten(), weight))
+    case.add("unfused", lambda: quantize.quantize(fused.rms_norm(x, weight, 1e-6)[0]))
+    yield case
+
+
+def swiglus(n: int, f: int) -> Iterator[Case]:
     x, grad = torch.randn(n, 2 * f, device="cuda", dtype=BF16), torch.randn(n, f, device="cuda", dtype=BF16)
     gates = torch.rand(n, device="cuda")
     scales = 4 / 128

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.dispatch import implementation
 from kernels.fp8 import passes
 from kernels.fp8.formats import ALIGNMENT
 from kernels.fp8.passes import Order
@@ -37,6 +38,32 @@ def linear(x: Tensor, weight_NK: Tensor, power_of_two: bool = False) -> Tensor:
     """x Wᵀ in x's dtype, [..., N]; N and K multiples of 16."""
     _check_shapes(weight_NK)
     y_MN = _Linear.apply(x.flatten(0, -2), weight_NK, power_of_two, torch.is_grad_enabled())
+    return y_MN.unflatten(0, x.shape[:-1])
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_MK: Tensor, gain_K: Tensor, eps: float, weight_NK: Tensor, power_of_two: bool, keep: bool
+    ) -> Tensor:
+        y_MN, *kept = passes.norm_linear(x_MK, gain_K, eps, weight_NK, power_of_two, keep)
+        ctx.save_for_backward(x_MK, gain_K, *kept)
+        ctx.weight, ctx.power_of_two = weight_NK, power_of_two
+        return y_MN
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: Tensor):
+        x_MK, gain_K, rstd_M1, *kept = ctx.saved_tensors
+        grad_MK, grad_weight = passes.linear_backward(grad_MN, ctx.weight, kept, ctx.power_of_two)
+        grad_MK, grad_gain_K = implementation(x_MK).rms_norm_backward(grad_MK, x_MK, gain_K, rstd_M1)
+        return grad_MK, grad_gain_K.to(gain_K.dtype), None, grad_weight, None, None
+
+
+def norm_linear(x: Tensor, gain_K: Tensor, eps: float, weight_NK: Tensor, power_of_two: bool = False) -> Tensor:
+    """`linear` of `kernels.rms_norm`, quantised straight from x: the normalised numbers are neither rounded to x's
+    dtype nor written."""
+    _check_shapes(weight_NK)
+    y_MN = _NormLinear.apply(x.flatten(0, -2), gain_K, eps, weight_NK, power_of_two, torch.is_grad_enabled())
     return y_MN.unflatten(0, x.shape[:-1])
 
 

@@ -109,6 +109,25 @@ def linear(x_MK: Tensor, weight_NK: Tensor, power_of_two: bool, keep: bool) -> l
     return [products(x_MK.device).gemm(rows, quantized(weight_NK).forward, x_MK.dtype), *(across or ())]
 
 
+def _fake_norm_linear(
+    x_MK: Tensor, gain_K: Tensor, eps: float, weight_NK: Tensor, power_of_two: bool, keep: bool
+) -> list[Tensor]:
+    y_MN, *across = _fake_linear(x_MK, weight_NK, power_of_two, keep)
+    return [y_MN, x_MK.new_empty(len(x_MK), 1, dtype=torch.float32), *across] if keep else [y_MN]
+
+
+@_traceable(_fake_norm_linear)
+def norm_linear(
+    x_MK: Tensor, gain_K: Tensor, eps: float, weight_NK: Tensor, power_of_two: bool, keep: bool
+) -> list[Tensor]:
+    """`linear` of RMSNorm(x); with `keep` also the norm's factors [M, 1], then its codes and scales."""
+    rstd_M1 = implementation(x_MK).reciprocal_rms(x_MK, eps)
+    options = {"across": keep, "power_of_two": power_of_two}
+    rows, across = quantizer(x_MK.device).norm_quantize(x_MK, rstd_M1.squeeze(1), gain_K, **options)
+    y_MN = products(x_MK.device).gemm(rows, quantized(weight_NK).forward, x_MK.dtype)
+    return [y_MN] if across is None else [y_MN, rstd_M1, *across]
+
+
 def _fake_linear_backward(
     grad_MN: Tensor, weight_NK: Tensor, kept: Sequence[Tensor], power_of_two: bool
 ) -> list[Tensor]:

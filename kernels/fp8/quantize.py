@@ -1,4 +1,4 @@
-"""Quantisation in one pass over memory, alone or behind what makes the numbers: a gather, SwiGLU, SwiGLU's gradient.
+"""Quantisation in one pass over memory, alone or behind what makes the numbers: a gather, RMSNorm, SwiGLU and back.
 
 A training step needs the codes of every operand but a weight twice, along rows and across them, so both are made
 at once. Letters as in `kernels.fp8.reference`, and R rows and C columns of what a program holds.
@@ -20,19 +20,23 @@ from kernels.fused.swiglu import swiglu_backward
 ALONG, ACROSS = {"R": 32, "num_warps": 4}, {"R": 128, "num_warps": 8}
 REGISTERS = 128  # of a thread on Hopper: two programs of 8 warps share a processor
 
-COPY, SWIGLU, SWIGLU_BACKWARD = (tl.constexpr(kind) for kind in range(3))
+COPY, NORM, SWIGLU, SWIGLU_BACKWARD = (tl.constexpr(kind) for kind in range(4))
 
 
 @triton.jit
 def _numbers(x_ptr, gate_up_ptr, source_R, gate_R, columns, k, stride, of_up, KIND: tl.constexpr):
     """What is quantised, fp32 [R, C], and in SWIGLU_BACKWARD each row's part of the gradient of its gate.
 
-    COPY: rows `source_R` of x. SWIGLU: silu(gate) · up · the row's gate. SWIGLU_BACKWARD: the gradient of the gates, or
-    `of_up` of the ups, where x is that of the product.
+    COPY: rows `source_R` of x. NORM: x · the row's gate · the column's gain, which stands where gates and ups would.
+    SWIGLU: silu(gate) · up · the row's gate. SWIGLU_BACKWARD: the gradient of the gates, or `of_up` of the ups, where x
+    is that of the product.
     """
     inside, part_R = (source_R >= 0)[:, None] & (columns < k)[None, :], gate_R
-    if KIND == COPY:
+    if KIND <= NORM:  # COPY too
         x_RC = tl.load(x_ptr + source_R[:, None] * stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        if KIND == NORM:
+            gain_C = tl.load(gate_up_ptr + columns, mask=columns < k, other=0.0).to(tl.float32)
+            x_RC = x_RC * gate_R[:, None] * gain_C[None, :]
     else:
         offsets = source_R[:, None] * (2 * k) + columns[None, :]
         opened_RC = tl.load(gate_up_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -115,6 +119,13 @@ def quantize(
     x_NK = x_NK if x_NK.stride(1) == 1 else x_NK.contiguous()
     m, k = len(x_NK) if source_P is None else len(source_P), x_NK.shape[1]
     return _launch(COPY, m, k, rows, across, power_of_two, x=x_NK, source=source_P)[:2]
+
+
+def norm_quantize(
+    x_MK: Tensor, rstd_M: Tensor, gain_K: Tensor, rows: bool = True, across: bool = True, power_of_two: bool = False
+) -> tuple[Rows | None, Rows | None]:
+    """`reference.norm_quantize`; the normalised numbers are never written."""
+    return _launch(NORM, *x_MK.shape, rows, across, power_of_two, x=x_MK.contiguous(), gate_up=gain_K, gates=rstd_M)[:2]
 
 
 def swiglu_quantize(

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from kernels.fp8.gluon_shim import barrier, copy
-from kernels.fp8.quantize import COPY
+from kernels.fp8.quantize import NORM
 
 
 @gluon.jit
@@ -68,7 +68,7 @@ def quantize(
     INDEX: gl.constexpr, KIND: gl.constexpr, GATHER: gl.constexpr, GATED: gl.constexpr, ALONG: gl.constexpr,
     ACROSS: gl.constexpr, POWER_OF_TWO: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
-    """`quantize._quantize` of COPY and SWIGLU."""
+    """`quantize._quantize` of COPY, NORM and SWIGLU."""
     WARPS: gl.constexpr = gl.num_warps()
     by_row: gl.constexpr = gl.BlockedLayout([R // WARPS, 4], [1, 32], [WARPS, 1], [1, 0])
     by_column: gl.constexpr = gl.BlockedLayout([R // WARPS, 4], [1, 32], [WARPS, 1], [0, 1])  # the same threads
@@ -79,9 +79,12 @@ def quantize(
     if GATHER:
         source = gl.load(source_ptr + rows, mask=rows < m, other=-1).to(INDEX)
     inside = gl.expand_dims(source >= 0, 1) & gl.expand_dims(columns < k, 0)
-    if KIND == COPY:
+    if KIND <= NORM:  # COPY too
         x = gl.load(x_ptr + gl.expand_dims(source * x_stride, 1) + gl.expand_dims(columns, 0), mask=inside, other=0.0)
         x = x.to(gl.float32)
+        if KIND == NORM:
+            x *= gl.expand_dims(gl.load(gates_ptr + rows, mask=rows < m, other=0.0), 1)
+            x *= gl.expand_dims(gl.load(gate_up_ptr + columns, mask=columns < k, other=0.0).to(gl.float32), 0)
     else:
         offsets = gl.expand_dims(source * (2 * k), 1) + gl.expand_dims(columns, 0)
         opened = gl.load(gate_up_ptr + offsets, mask=inside, other=0.0).to(gl.float32)

@@ -106,6 +106,13 @@ def quantize(
     )
 
 
+def norm_quantize(
+    x_MK: Tensor, rstd_M: Tensor, gain_K: Tensor, rows: bool = True, across: bool = True, power_of_two: bool = False
+) -> tuple[Rows | None, Rows | None]:
+    """`quantize` of x · rstd · gain, which RMSNorm makes of x."""
+    return quantize(x_MK.float() * rstd_M[:, None] * gain_K.float(), None, rows, across, power_of_two)
+
+
 def swiglu_quantize(
     gate_up_P2F: Tensor, gates_P: Tensor | None, rows: bool = True, across: bool = True, power_of_two: bool = False
 ) -> tuple[Rows | None, Rows | None]:

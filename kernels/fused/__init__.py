@@ -10,13 +10,14 @@ from kernels.fused.cross_entropy import cross_entropy_gradient
 from kernels.fused.keys import assemble_keys, assemble_keys_backward
 from kernels.fused.layout import layout
 from kernels.fused.permute import gather_sum
-from kernels.fused.rms_norm import rms_norm, rms_norm_backward
+from kernels.fused.rms_norm import add_rms_norm, reciprocal_rms, rms_norm, rms_norm_backward
 from kernels.fused.rope import rotate
 from kernels.fused.router import route, route_backward
 from kernels.fused.swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "adamw_step",
+    "add_rms_norm",
     "assemble_keys",
     "assemble_keys_backward",
     "cross_entropy_gradient",
@@ -24,6 +25,7 @@ __all__ = [
     "document_attention_backward",
     "gather_sum",
     "layout",
+    "reciprocal_rms",
     "rms_norm",
     "rms_norm_backward",
     "rotate",

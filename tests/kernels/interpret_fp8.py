@@ -97,6 +97,20 @@ def gathers():
     assert quantize.quantize(x, rows=False)[0] is None and quantize.quantize(x, across=False)[1] is None
 
 
+def norms_of_rows():
+    for m, k in [(130, 208), (256, 384), (3, 16)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            x, gain = blocks_of_all_sizes(m, k, dtype), torch.rand(k, device=DEVICE) + 0.5
+            rstd = eager.reciprocal_rms(x, 1e-6).squeeze(1)
+            exact = x.float() * rstd[:, None] * gain
+            rows, across = quantize.norm_quantize(x, rstd, gain)
+            same_codes(f"norm {m} x {k} {dtype}", rows, reference.quantize_rows(exact), 1e-6)
+            same_codes(f"norm {m} x {k} {dtype} across", across, reference.quantize_across(exact), 1e-6)
+            (alone, none) = quantize.norm_quantize(x, rstd, gain, across=False)
+            same_codes(f"norm {m} x {k} {dtype} rows alone", alone, reference.quantize_rows(exact), 1e-6)
+            assert none is None
+
+
 def swiglu():
     for m, f in [(130, 128), (256, 384), (5, 144)]:
         x, gates = torch.randn(m, 2 * f, device=DEVICE) * 3, torch.rand(m, device=DEVICE)
@@ -157,7 +171,7 @@ def main():
     for name, choose in (("as dispatched", hopper), ("plain Triton", lambda device: False)):
         print(f"quantisation, {name}")
         quantize.is_hopper = choose
-        for case in (quantization, gathers, swiglu):
+        for case in (quantization, gathers, norms_of_rows, swiglu):
             torch.manual_seed(0)
             case()
         if not CUDA:

@@ -39,6 +39,16 @@ def rms_norm(dtype):
         check(f"rms_norm {n}x{d}", fused.rms_norm(x, weight, 1e-6), expected, dtype)
         ours = fused.rms_norm_backward(grad, x, weight, expected[1])
         check(f"rms_norm_backward {n}x{d}", ours, eager.rms_norm_backward(grad, x, weight, expected[1]), dtype)
+        check(f"reciprocal_rms {n}x{d}", [fused.reciprocal_rms(x, 1e-6)], [eager.reciprocal_rms(x, 1e-6)], dtype)
+        added, beside = random(n, d, dtype=dtype), random(n, d, dtype=dtype)
+        expected = eager.add_rms_norm(x, added, weight, 1e-6)
+        total, *normed = fused.add_rms_norm(x, added, weight, 1e-6)
+        check(f"add_rms_norm {n}x{d}", [total, *normed], expected, dtype)
+        for one, other in zip(normed, fused.rms_norm(total, weight, 1e-6), strict=True):
+            assert torch.equal(one, other), "not the bits of a sum and then a norm"
+        both, _ = fused.rms_norm_backward(grad, total, weight, expected[2], beside)
+        alone, _ = fused.rms_norm_backward(grad, total, weight, expected[2])
+        check(f"add_rms_norm backward {n}x{d}", [both], [alone + beside], dtype)
 
 
 def swiglu(dtype):

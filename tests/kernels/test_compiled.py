@@ -16,6 +16,7 @@ def leaf(*shape: int) -> torch.Tensor:
 
 CASES = {
     "rms_norm": (lambda x, w: kernels.rms_norm(x, w, 1e-6), (2, 5, 64), (64,)),
+    "add_rms_norm": (lambda x, y, w: torch.cat(kernels.add_rms_norm(x, y, w, 1e-6)), (5, 64), (5, 64), (64,)),
     "swiglu": (kernels.swiglu, (2, 5, 64)),
     "swiglu of gated rows": (kernels.swiglu, (10, 64), (10,)),
     "apply_rope": (lambda x: kernels.apply_rope(x, torch.ones(5, 1, 8), torch.ones(5, 1, 8)), (2, 5, 3, 64)),
@@ -49,6 +50,7 @@ def test_a_float8_pass_returns_what_its_fake_says(tokens, device):
     with torch.no_grad():
         for keep in (False, True):
             check(operators.fp8_linear, (x, up, False, keep))
+            check(operators.fp8_norm_linear, (x, leaf(64).to(device), 1e-6, up, False, keep))
             for weights, gates_NK, rows in cases:
                 check(operators.fp8_swiglu, (x, *weights, gates_NK, rows, False, keep))
         check(operators.fp8_linear_backward, (grad, up, passes.linear(x, up, False, True)[1:], False))

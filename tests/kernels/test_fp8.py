@@ -74,6 +74,24 @@ def test_a_linear_layer_and_its_gradients_are_those_of_the_quantised_operands(sh
     assert relative(y.detach(), F.linear(x, weight).detach()) < 0.05
 
 
+def test_a_linear_layer_of_a_norm_is_the_layer_of_the_norms_numbers():
+    torch.manual_seed(0)
+    inputs = torch.randn(37, 208) * torch.randn(37, 1).exp(), torch.rand(208) + 0.5, torch.randn(48, 208)
+    grad = torch.randn(37, 48)
+
+    def run(layer):
+        x, gain, weight = (t.clone().requires_grad_() for t in inputs)
+        y = layer(x, gain, weight)
+        return [y, *torch.autograd.grad(y, (x, gain, weight), grad)]
+
+    ours = run(lambda x, gain, weight: fp8.norm_linear(x, gain, 1e-6, weight))
+    exact = run(lambda x, gain, weight: fp8.linear(kernels.rms_norm(x, gain, 1e-6), weight))
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+    x, gain, weight = inputs
+    with torch.no_grad():  # nothing is kept
+        assert torch.equal(fp8.norm_linear(x, gain, 1e-6, weight), ours[0])
+
+
 def test_a_swiglu_layer_is_near_the_exact_one_forwards_and_backwards():
     torch.manual_seed(0)
     x, grad = torch.randn(200, 96), torch.randn(200, 96)

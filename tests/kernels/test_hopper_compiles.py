@@ -100,7 +100,7 @@ def test_the_product_for_weight_gradients_too(dtype: str, grouped: bool):
 
 
 def test_quantisation_writes_whole_words_and_transposes_nothing():
-    for kind in (quantize.COPY, quantize.SWIGLU):
+    for kind in (quantize.COPY, quantize.NORM, quantize.SWIGLU):
         made = quantising(
             quantize_gluon.quantize,
             {"KIND": kind.value, "GATHER": kind.value == 0, "GATED": kind.value > 0, "ALONG": True, "ACROSS": True},

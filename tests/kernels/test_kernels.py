@@ -36,6 +36,27 @@ def test_rms_norm_equals_its_definition(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_and_its_norm_have_the_bits_of_both_one_after_the_other(dtype):
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        x, added = (torch.randn(3, 50, 96).to(dtype).requires_grad_() for _ in range(2))
+        weight = torch.randn(96, requires_grad=True)
+        if fused:
+            total, y = kernels.add_rms_norm(x, added, weight, 1e-6)
+        else:
+            total = x + added
+            y = kernels.rms_norm(total, weight, 1e-6)
+        grads = torch.autograd.grad((total.float().sin() + y.float().cos()).sum(), (x, added, weight))
+        results.append([total, y, *grads])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+    with torch.inference_mode():
+        for ours, expected in zip(kernels.add_rms_norm(x, added, weight, 1e-6), (total, y), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_swiglu_equals_its_definition_with_and_without_row_scales(dtype, scaled):
     x = torch.randn(200, 64).to(dtype)
