@@ -90,9 +90,9 @@ def test_two_ray_workers_learn_what_one_process_learns(inputs, bandit_problems, 
 
 def test_a_filter_that_leaves_nothing_says_so(inputs, tmp_path):
     for stage, config in (
-        (grpo, GrpoConfig(problems={"families": ["gcd"]})),
-        (evaluate, EvaluateConfig(name="x", problems={"families": ["gcd"]})),
-        (sample, SampleConfig(problems={"families": ["gcd"]})),
+        (grpo, GrpoConfig(problems={"levels": [9]})),
+        (evaluate, EvaluateConfig(name="x", problems={"levels": [9]})),
+        (sample, SampleConfig(problems={"levels": [9]})),
     ):
         with pytest.raises(InputError, match="widen the filter"):
             stage(config, inputs, Context.local(tmp_path))
