@@ -12,6 +12,7 @@ import torch
 from model.config import ModelConfig
 from stages.problems.problem import Language, Problem
 from stages.rl.engines.base import Engine, Sampling
+from stages.rl.group_rewards import pay_groups
 from stages.rl.judges import Judges
 from stages.rl.prompts import Template, prompt_ids, reply_text
 from stages.rl.rewards import RewardWeights, Score, score
@@ -106,6 +107,7 @@ class Explorer:
             return score(problem, texts[place], reply.finished, asking.rewards, asking.target_language, *length)
 
         scores = score_all(judge, range(len(asked)), [problem for problem, _ in asked])
+        scores = pay_groups(scores, [len(reply.tokens) for reply in replies], asking.group_size, asking.rewards)
         rollouts = [
             Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict)
             for (problem, prompt), reply, text, verdict in zip(asked, replies, texts, scores, strict=True)
