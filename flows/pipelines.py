@@ -273,8 +273,8 @@ _TRACES = Pipeline(
     "A published checkpoint learns a data set of reasoning traces, and then by reinforcement on imported problems",
     (
         Node("import_base", "import_checkpoint"),
-        Node("traces", "ingest_conversations"),
         Node("math", "import_problems"),
+        Node("traces", "ingest_conversations", {"problems": "math"}),  # without the problems that judge
         Node("trace_sft", "sft", {"checkpoint": "import_base", "conversations": "traces"}),
         Node("evaluate_traces", "evaluate", {"checkpoint": "trace_sft", "problems": "math"}),
         Node("math_rl", "grpo", {"checkpoint": "trace_sft", "problems": "math"}),

@@ -8,6 +8,7 @@ stay in the artifact, curves included, so that two checkpoints can be compared p
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from stages.evaluation.text import TextJob, measure_text
 from stages.problems.problem import read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl.prompts import Template
-from stages.rl.rollout import write_rollouts
+from stages.rl.rollout import listed, why_wrong, write_rollouts
 from stages.rl.sample import SampleJob, sampled
 
 PROBLEMS = "problems.parquet"
@@ -45,7 +46,7 @@ class EvaluateConfig(Config):
 
 
 @stage(
-    version=3,
+    version=4,
     takes={"checkpoint": "checkpoint", "problems": "problems", "tokens": optional("tokens")},
     makes="report",
 )
@@ -67,6 +68,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
     )
     grouped = list(sampled(job, ctx))
     records = [problem_record(problem, rows) for problem, rows in zip(problems, grouped, strict=True)]
+    wrong = why_wrong(row for rows in grouped for row in rows)
     text: list[dict[str, Any]] = []
     if tokens := inputs.get("tokens"):
         text_job = TextJob(
@@ -85,14 +87,15 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
         "teacher_flops": spent.get("sample_flops", 0.0),
         "checkpoint": inputs["checkpoint"].id,
         "problems": figures,
+        "wrong": wrong,
         "curve": points,
         "text": text,
         "measures": to_json(measures(figures, points, text)),
     }
     plot_pass_and_maj(ctx.out / "pass_and_maj_at_k.png", {config.name: points})
     (ctx.out / REPORT).write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-    (ctx.out / "report.md").write_text(markdown(config, figures, points, text), encoding="utf-8")
-    return summarise(config, figures, text)
+    (ctx.out / "report.md").write_text(markdown(config, figures, points, text, wrong), encoding="utf-8")
+    return summarise(config, figures, text) | {"wrong": listed(wrong)}
 
 
 def measures(
@@ -126,7 +129,11 @@ def summarise(config: EvaluateConfig, figures: list[dict[str, Any]], text: list[
 
 
 def markdown(
-    config: EvaluateConfig, figures: list[dict[str, Any]], points: list[dict[str, Any]], text: list[dict[str, Any]]
+    config: EvaluateConfig,
+    figures: list[dict[str, Any]],
+    points: list[dict[str, Any]],
+    text: list[dict[str, Any]],
+    wrong: Counter[str],
 ) -> str:
     lines = [
         f"# {config.name}",
@@ -143,6 +150,9 @@ def markdown(
             f"{row['pass_1_low']:.3f}–{row['pass_1_high']:.3f} | {row['pass_k']:.3f} | {row['consensus']:.3f} | "
             f"{row['format']:.3f} | {row['language_consistency']:.3f} | {row['length']:.1f} |"
         )
+    if wrong:
+        asked = figures[0]["problems"] * config.samples
+        lines += ["", f"{wrong.total()} of {asked} answers are wrong: {listed(wrong)}."]
     lines += ["", "| k | pass@k | interval | maj@k | interval |", "|-|-|-|-|-|"]
     for row in points:
         cells = [f"{row[name]:.3f} | {row[f'{name}_low']:.3f}–{row[f'{name}_high']:.3f}" for name in ("pass", "maj")]

@@ -155,7 +155,7 @@ class GrpoConfig(Config):
 
 
 @stage(
-    version=2,
+    version=3,
     takes={
         "checkpoint": "checkpoint",
         "problems": "problems",

@@ -4,7 +4,8 @@ A conversation is a list of messages {role, content}, or in ShareGPT's words {fr
 roles are system (at most one, in front), user, assistant, and tool for the replies to an assistant's `tool_calls`; the
 tools that are offered stand in a column of their own, as JSON schemas (`stages.tokens.tools`). `sft` renders it by the
 checkpoint's chat template and learns what the assistant says, its calls among it. One that is not as it should be is
-refused, with its place: nothing is repaired.
+refused, with its place: nothing is repaired. With `problems`, one that asks a problem held out there is left out, and
+`contaminated.jsonl` names it and the problem: a model that learns from the rest can be judged by those problems.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import pyarrow.parquet as pq
 
 from infra.config import Config, Field
 from infra.errors import InputError
-from infra.stage import Context, Inputs, stage
+from infra.stage import Context, Inputs, optional, stage
 from stages.corpus import languages
 from stages.corpus.document import fraction
 from stages.corpus.sources import Raw, Source
 from stages.corpus.sources.files import OwnDataset, OwnFiles
+from stages.problems.contamination import HeldOut
+from stages.problems.problem import read_problems
 from stages.tokens.messages import conversation_text
 from stages.tokens.tools import calls_text
 from stages.tokens.traces import think_answer
@@ -75,7 +78,7 @@ def _outside(config: IngestConversationsConfig) -> dict[str, str]:
     return _source(config).versions()
 
 
-@stage(version=2, makes="conversations", reads=_outside)
+@stage(version=2, takes={"problems": optional("problems")}, makes="conversations", reads=_outside)
 def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Read one source of conversations, for a checkpoint to learn from."""
     source = _source(config)
@@ -83,10 +86,18 @@ def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx:
     read = len(rows)
     if config.traces == "think_answer":
         rows = {id: text for id, row in rows.items() if (text := _in_our_form(row))}
+    contaminated: dict[str, str] = {}
+    if problems := inputs.get("problems"):
+        heldout = HeldOut(read_problems(problems.path / "heldout.jsonl"))
+        contaminated = {id: problem for id, row in rows.items() if (problem := _asks(row, heldout))}
+        rows = {id: row for id, row in rows.items() if id not in contaminated}
+        lines = (json.dumps({"id": id, "problem": problem}) for id, problem in contaminated.items())
+        (ctx.out / "contaminated.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     chosen = sorted(rows, key=lambda id: fraction(id, f"conversation {config.seed}"))[: config.max_conversations]
     if not chosen:
         form = "" if config.traces == "as_is" else " with a chain and a solution in every reply"
-        raise InputError(f"{config.source.path} holds no conversation{form}: there is nothing to learn in it")
+        clean = " that asks no held-out problem" if contaminated else ""
+        raise InputError(f"{config.source.path} holds no conversation{form}{clean}: there is nothing to learn in it")
     table, counts = [], Counter()
     for id in chosen:
         messages, tools = json.loads(rows[id])
@@ -102,6 +113,8 @@ def ingest_conversations(config: IngestConversationsConfig, inputs: Inputs, ctx:
         counts[f"language_{language}"] += 1
     pq.write_table(pa.Table.from_pylist(table, CONVERSATIONS), ctx.out / "conversations-00000.parquet")
     about = {"source": source.name, "license": source.license, "conversations": len(table)}
+    if problems:
+        about["contaminated"] = len(contaminated)
     return about | {"left_out": read - len(table), **dict(sorted(counts.items()))}
 
 
@@ -122,3 +135,10 @@ def _in_our_form(row: str) -> str | None:
                 return None
             message["content"] = reply
     return json.dumps([messages, tools], ensure_ascii=False)
+
+
+def _asks(row: str, heldout: HeldOut) -> str | None:
+    """The id of a held-out problem that the user asks in the conversation."""
+    messages, _ = json.loads(row)
+    asked = (heldout.asked_in(message["content"]) for message in messages if message["role"] == "user")
+    return next(filter(None, asked), None)

@@ -15,10 +15,11 @@ from infra.config import Config, Field
 from infra.errors import InputError
 from infra.stage import Context, Inputs, one_of, stage
 from stages.corpus.document import fraction
+from stages.problems.problem import Problem
 from stages.rl.preferences import Preference, write_preferences
 from stages.rl.rollout import read_rollouts
 
-COLUMNS = ("step", "problem_id", "language", "prompt", "completion", "finished", "reward", "accuracy")
+COLUMNS = ("step", "problem_id", "language", "problem", "prompt", "completion", "finished", "reward", "accuracy")
 Row = Mapping[str, Any]
 
 
@@ -35,7 +36,7 @@ class MakePreferencesConfig(Config):
     seed: int = Field(0, title="Seed", description="Decides between equal replies and which pairs stay.")
 
 
-@stage(version=1, takes={"rollouts": one_of("rollouts", "checkpoint")}, makes="preferences")
+@stage(version=2, takes={"rollouts": one_of("rollouts", "checkpoint")}, makes="preferences")
 def make_preferences(config: MakePreferencesConfig, inputs: Inputs, ctx: Context) -> dict:
     """Pair better with worse replies of rollouts, such as a grpo checkpoint keeps."""
     rows = list(read_rollouts(inputs["rollouts"].path, COLUMNS))
@@ -80,8 +81,9 @@ def pair_up(rows: Iterable[Row], config: MakePreferencesConfig, source: str) -> 
             if margin >= config.min_margin:
                 texts = better["completion"], worse["completion"]
                 prompt = json.dumps([{"role": "user", "content": better["prompt"]}], ensure_ascii=False)
+                content = Problem.from_json(better["problem"]).content
                 id = f"{problem}/{len(found)}"
-                found.setdefault(texts, Preference(id, prompt, *texts, better["language"], source, margin))
+                found.setdefault(texts, Preference(id, prompt, *texts, better["language"], source, margin, content))
     kept = []
     for pairs in problems.values():
         widest = sorted(pairs.values(), key=lambda pair: -(pair.margin or 0.0))

@@ -1,7 +1,7 @@
 """Probe a checkpoint for what DeepSeek-R1 names as its weaknesses: languages, examples, JSON, tools, several turns.
 
-Every case is asked once, so that a share is a binomial and its interval Wilson's. `stages.evaluation.probes` says what
-the cases are and how they are judged.
+Every case is asked once. Intervals are over the contents of problems, as those of `evaluate` are, for the same numbers
+may be asked about in both languages. `stages.evaluation.probes` says what the cases are and how they are judged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ProbeConfig(Config):
     seed: int = Field(0, title="Seed")
 
 
-@stage(version=1, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="report")
+@stage(version=2, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="report")
 def probe(config: ProbeConfig, inputs: Inputs, ctx: Context) -> dict:
     """Measure language mixing, few-shot sensitivity, JSON output, function calling and multi-turn follow-ups."""
     splits = {
@@ -88,8 +88,8 @@ def markdown(config: ProbeConfig, found: Mapping[str, Measure], too_long: int) -
         f"# Probes of {config.name}",
         "",
         f"One reply a case at temperature {config.temperature}, top-p {config.top_p}; up to {config.cases} cases of "
-        f"each probe and language, {config.shots} examples in a few-shot prompt. 95 % intervals: Wilson's for shares, "
-        "a paired bootstrap's for gains. "
+        f"each probe and language, {config.shots} examples in a few-shot prompt. 95 % bootstrap intervals over "
+        "contents, paired for gains. "
         f"{too_long} prompts left no room for a reply in the context and count as failed.",
         "",
         "| measure | all | English | Chinese |",

@@ -10,6 +10,7 @@ the question alone, so that who learns from it needs no examples.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
@@ -20,7 +21,7 @@ from stages.problems.problem import Problem, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl.engines import EngineName
 from stages.rl.prompts import Template
-from stages.rl.rollout import write_rollouts
+from stages.rl.rollout import listed, why_wrong, write_rollouts
 from stages.rl.sample import SampleJob, sampled
 
 GROUPS_PER_FILE = 1024
@@ -39,7 +40,7 @@ class SampleConfig(Config):
     seed: int = Field(0, title="Seed")
 
 
-@stage(version=1, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="rollouts")
+@stage(version=2, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="rollouts")
 def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
     """Sample replies to training problems and score them."""
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
@@ -61,13 +62,14 @@ def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
         examples=examples,
     )
     sums = dict.fromkeys(("accuracy", "format", "language_consistency", "tokens", "flops"), 0.0)
-    solved = 0
+    solved, wrong = 0, Counter[str]()
     asked = sampled(job, ctx)
     for number, groups in enumerate(iter(lambda: list(islice(asked, GROUPS_PER_FILE)), [])):
         rows = [row for group in groups for row in group]
         solved += sum(any(row["accuracy"] >= 1 for row in group) for group in groups)
         for name in sums:
             sums[name] += sum(row[name] for row in rows)
+        wrong.update(why_wrong(rows))
         write_rollouts(ctx.out / f"rollouts-00000-{number:04d}.parquet", rows)
     samples = len(problems) * config.samples
     return {
@@ -76,6 +78,7 @@ def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
         "samples": samples,
         **{name: round(sums[name] / samples, 4) for name in ("accuracy", "format", "language_consistency")},
         "length": round(sums["tokens"] / samples, 2),
+        "wrong": listed(wrong),
         "sample_flops": sums["flops"],
     }
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
-from stages.evaluation.intervals import paired_difference, wilson
+from stages.evaluation.intervals import bootstrap_share, paired_difference
 from stages.evaluation.measures import Measure
 from stages.problems.problem import Language, Problem, split_of
 from stages.problems.registry import FAMILIES, LANGUAGES
@@ -31,11 +31,13 @@ WORDS = {"zh": re.compile(HAN), "en": re.compile(r"[A-Za-zÀ-ɏ]{2,}")}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A conversation that awaits a reply. `pair` is shared by the prompts that are compared, `expected` the problem to
-    be answered or the call to be made."""
+    """A conversation that awaits a reply. `pair` is shared by the prompts that are compared, `content` by cases of the
+    same numbers in other words or the other language; `expected` is the problem to be answered or the call to be made.
+    """
 
     probe: str
     pair: str
+    content: str
     language: Language
     messages: tuple[Message, ...]
     expected: Any
@@ -70,7 +72,7 @@ def user(text: str) -> Message:
 
 
 def language_cases(material: Material, language: Language) -> list[Case]:
-    return [Case("language", p.id, language, (user(p.question),), p) for p in material.asked(language)]
+    return [Case("language", p.id, p.content, language, (user(p.question),), p) for p in material.asked(language)]
 
 
 def judge_language(case: Case, text: str) -> dict[str, bool]:
@@ -97,7 +99,7 @@ def shot_cases(material: Material, language: Language) -> list[Case]:
         if len(examples) >= material.shots:
             shown = "\n\n".join([*(p.worked for p in rng.sample(examples, material.shots)), problem.question])
             for variant, prompt in (("zero_shot", problem.question), ("few_shot", shown)):
-                cases.append(Case("shots", problem.id, language, (user(prompt),), problem, variant))
+                cases.append(Case("shots", problem.id, problem.content, language, (user(prompt),), problem, variant))
     return cases
 
 
@@ -115,7 +117,7 @@ JSON_WANTED = {
 
 def json_cases(material: Material, language: Language) -> list[Case]:
     wanted = JSON_WANTED[language]
-    return [Case("json", p.id, language, (user(p.question + wanted),), p) for p in material.asked(language)]
+    return [Case("json", p.id, p.content, language, (user(p.question + wanted),), p) for p in material.asked(language)]
 
 
 def judge_json(case: Case, text: str) -> dict[str, bool]:
@@ -174,12 +176,13 @@ def tool_cases(material: Material, language: Language) -> list[Case]:
     while len(cases) < material.cases:
         family = FAMILIES[list(TOOLS)[len(cases) % len(TOOLS)]]
         numbers = family.draw(rng, 1)
-        if split_of(family.content(numbers)) != "heldout":
+        content = family.content(numbers)
+        if split_of(content) != "heldout":
             continue
         name, parameters, _, arguments = TOOLS[family.name]
         question = family.write(numbers, language, rng).question
         call = {"name": name, "arguments": dict.fromkeys(parameters, arguments(numbers))}
-        cases.append(Case("tools", f"{language}-{len(cases)}", language, (user(question),), call, tools=tools))
+        cases.append(Case("tools", f"{language}-{len(cases)}", content, language, (user(question),), call, tools=tools))
     return cases
 
 
@@ -217,7 +220,7 @@ def turn_cases(material: Material, language: Language) -> list[Case]:
             ("two_turns", (*first, user(follow_up.format(more)))),
             ("one_turn", (user(at_once.format(value, more)),)),
         ):
-            cases.append(Case("turns", problem.id, language, messages, wanted, variant))
+            cases.append(Case("turns", problem.id, problem.content, language, messages, wanted, variant))
     return cases
 
 
@@ -248,20 +251,23 @@ def judge(case: Case, text: str) -> dict[str, bool]:
 
 
 def measures(cases: Sequence[Case], verdicts: Sequence[Mapping[str, bool]], seed: int = 0) -> dict[str, Measure]:
-    """Every share with Wilson's interval and every difference with a paired bootstrap's, over all and by language
-    (`_en`, `_zh`)."""
+    """Every share and every difference, over all and by language (`_en`, `_zh`), with bootstrap intervals over
+    contents: twins of one problem are not independent draws. A share of which all agree has Wilson's."""
     found: dict[str, Measure] = {}
     for suffix, languages in (("", LANGUAGES), *((f"_{language}", (language,)) for language in LANGUAGES)):
         chosen = [(c, v) for c, v in zip(cases, verdicts, strict=True) if c.language in languages]
+        contents = {case.pair: case.content for case, _ in chosen}
         shares: dict[str, dict[str, bool]] = {}
         for case, verdict in chosen:
             for name, holds in verdict.items():
                 shares.setdefault(name, {})[case.pair] = holds
         for name, by_pair in shares.items():
-            found[name + suffix] = Measure.of(wilson(sum(by_pair.values()), len(by_pair)))
+            values, clusters = list(map(float, by_pair.values())), [contents[pair] for pair in by_pair]
+            found[name + suffix] = Measure.of(bootstrap_share(values, clusters, seed))
         for name, (left, right) in DIFFERENCES.items():
             if left in shares:
                 both = [(float(shares[left][pair]), float(shares[right][pair])) for pair in shares[left]]
                 lefts, rights = zip(*both, strict=True)
-                found[name + suffix] = Measure.of(paired_difference(lefts, rights, seed=seed))
+                clusters = [contents[pair] for pair in shares[left]]
+                found[name + suffix] = Measure.of(paired_difference(lefts, rights, clusters, seed))
     return found

@@ -12,11 +12,13 @@ import torch
 from model.config import ModelConfig
 from stages.problems.problem import Language, Problem
 from stages.rl.engines.base import Engine, Sampling
+from stages.rl.group_rewards import pay_groups
 from stages.rl.judges import Judges
 from stages.rl.prompts import Template, prompt_ids, reply_text
-from stages.rl.rewards import RewardWeights, score
+from stages.rl.rewards import RewardWeights, Score, score
 from stages.rl.rollout import Rollout, forward_flops
 from stages.rl.rollout_store import RolloutStore, weights_digest
+from stages.rl.scoring import score_all
 from stages.tokens.bpe import Tokenizer
 
 
@@ -97,12 +99,19 @@ class Explorer:
         ]
         asked = [pair for pair in zip(problems, prompts, strict=True) for _ in range(asking.group_size)]
         replies = self.engine.generate([prompt for _, prompt in asked], asking.sampling, seed)
-        rollouts = []
-        for (problem, prompt), reply in zip(asked, replies, strict=True):
-            text = reply_text(reply.tokens, tokenizer)
+        texts = [reply_text(reply.tokens, tokenizer) for reply in replies]
+
+        def judge(place: int) -> Score:
+            reply, (problem, _) = replies[place], asked[place]
             length = len(reply.tokens), asking.sampling.max_new_tokens
-            verdict = score(problem, text, reply.finished, asking.rewards, asking.target_language, *length)
-            rollouts.append(Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict))
+            return score(problem, texts[place], reply.finished, asking.rewards, asking.target_language, *length)
+
+        scores = score_all(judge, range(len(asked)), [problem for problem, _ in asked])
+        scores = pay_groups(scores, [len(reply.tokens) for reply in replies], asking.group_size, asking.rewards)
+        rollouts = [
+            Rollout(problem, prompt, reply.tokens, reply.logprobs, reply.finished, text, verdict)
+            for (problem, prompt), reply, text, verdict in zip(asked, replies, texts, scores, strict=True)
+        ]
         return self.judges.judge(rollouts, tokenizer)
 
 

@@ -1,7 +1,8 @@
 """The `preferences` artifact: pairs of replies to one prompt, of which one is better.
 
 preferences-00000.parquet …   id, prompt (messages as JSON), chosen and rejected (what the assistant says), language,
-                              source, margin (by how much it is better, where that is known)
+                              source, margin (by how much it is better, where that is known), content (of the problem
+                              that was asked, where it was one: its twin in the other language has the same)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("id", "prompt", "chosen", "rejected", "language", "source")),
         ("margin", pa.float64()),
+        ("content", pa.string()),
     ]
 )
 
@@ -36,6 +38,12 @@ class Preference:
     language: str
     source: str
     margin: float | None = None
+    content: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """What two pairs must not share to be independent: the problem's content, or the prompt where it was none."""
+        return self.prompt if self.content is None else self.content
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -62,22 +70,24 @@ def read_preferences(directory: Path | str) -> list[Preference]:
     found: list[Preference] = []
     for path in paths:
         table = pq.read_table(path)
-        if missing := set(SCHEMA.names) - set(table.column_names):
+        if missing := set(SCHEMA.names) - {"content"} - set(table.column_names):
             raise InputError(f"{path}: the columns {', '.join(sorted(missing))} are missing; ingest the pairs again")
-        found += [Preference(**row) for row in table.select(SCHEMA.names).to_pylist()]
+        there = [name for name in SCHEMA.names if name in table.column_names]  # earlier versions had no content
+        found += [Preference(**row) for row in table.select(there).to_pylist()]
     return found
 
 
 def hold_out(preferences: Iterable[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
-    """(to learn from, held out). A prompt is held out whole, by its text: no choice of pairs can leak it.
+    """(to learn from, held out). What was asked is held out whole, by the problem's content or else by the prompt's
+    text: no choice of pairs can leak it, nor can a problem's twin in the other language.
 
-    One pair of each prompt is kept to measure by, so that the pairs are independent and an interval over them is true.
+    One pair of each is kept to measure by, so that the pairs are independent and an interval over them is true.
     """
     learnt: list[Preference] = []
     held: dict[str, Preference] = {}
     for preference in preferences:
-        if fraction(preference.prompt, f"preferences {seed}") < share:
-            held.setdefault(preference.prompt, preference)
+        if fraction(preference.asked, f"preferences {seed}") < share:
+            held.setdefault(preference.asked, preference)
         else:
             learnt.append(preference)
     return learnt, list(held.values())

@@ -5,7 +5,7 @@ Rules and no neural reward model, because a large-scale learner hacks a neural o
 gets a number in [0, 1]. A reply is judged whole: it must be exactly `<think>…</think><answer>…</answer>` and then end.
 
 A new rule is a pure function in `REWARDS` or `PENALTIES` and a weight of its name in `RewardWeights`. A new way to pay
-for the rules, such as Logic-RL's, is a function in `SCHEMES`.
+for the rules, such as Logic-RL's, is a function in `SCHEMES`. What a reply earns among others is in `group_rewards.py`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class RewardWeights(Config):
         0.0, ge=0, title="Preference", description="What a point of the reward model is worth, if one is given"
     )
     tests: float = Field(0.0, ge=0, title="Tests", description="weight of the share of tests that a program passes")
+    brevity: float = Field(
+        0.0, ge=0, title="Brevity", description="of Kimi k1.5's length reward: ½ for the shortest of a group to −½"
+    )
     repetition: float = Field(0.0, ge=0, title="Repetition", description="what a reply of nothing but repeats loses")
     overlong: float = Field(0.0, ge=0, title="Overlong", description="what a reply that fills its limit loses; DAPO: 1")
     overlong_margin: float = Field(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ SCHEMA = pa.schema(
         ("logprobs", pa.list_(pa.float32())),  # the engine's, of each of reply_ids
         ("reward", pa.float64()),
         *((column, pa.float64()) for column in COLUMNS.values()),
+        ("reason", pa.string()),  # why the answer is wrong; null if it is right, and in files of earlier versions
         ("step_ends", pa.list_(pa.int32())),  # which of reply_ids ends each step that a process model has scored
         ("step_rewards", pa.list_(pa.float64())),
         ("flops", pa.float64()),  # of sampling it
@@ -84,6 +86,7 @@ class Rollout:
             "logprobs": self.logprobs,
             "reward": self.score.reward,
             **{column: self.score.rules.get(name) for name, column in COLUMNS.items()},
+            "reason": self.score.reason or None,
             "step_ends": [end for end, _ in self.steps],
             "step_rewards": [reward for _, reward in self.steps],
             "flops": flops,
@@ -99,7 +102,11 @@ class Rollout:
             row["logprobs"],
             row["finished"],
             row["completion"],
-            Score(row["reward"], {name: row[col] for name, col in COLUMNS.items() if row[col] is not None}),
+            Score(
+                row["reward"],
+                {name: row[col] for name, col in COLUMNS.items() if row[col] is not None},
+                row.get("reason") or "",
+            ),
             tuple(zip(row["step_ends"], row["step_rewards"], strict=True)),
         )
 
@@ -134,12 +141,27 @@ def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> Iterato
             f"{folder} holds no {FILES}: give a rollouts artifact (stage sample), or a checkpoint of grpo that kept "
             "its rollouts (keep_rollouts_every)"
         )
+    wanted = columns or SCHEMA.names
     for path in paths:
         try:
-            table = pq.read_table(path, columns=columns and list(columns), page_checksum_verification=True)
+            old = "reason" in wanted and "reason" not in pq.read_schema(path).names
+            there = [name for name in wanted if name != "reason" or not old]
+            table = pq.read_table(path, columns=there, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: not a file of rollouts, or damaged ({error})") from error
+        if old:
+            table = table.append_column("reason", pa.nulls(len(table), pa.string()))
         yield from table.to_pylist()
+
+
+def why_wrong(rows: Iterable[dict[str, Any]]) -> Counter[str]:
+    """How many answers are wrong for each reason, without its details: no "NameError" behind "error"."""
+    return Counter(row["reason"].partition(":")[0] for row in rows if row["reason"])
+
+
+def listed(counts: Counter[str]) -> str:
+    """The most frequent first: "wrong answer 9, timeout 2"."""
+    return ", ".join(f"{what} {count}" for what, count in counts.most_common())
 
 
 def grouped(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

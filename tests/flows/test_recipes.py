@@ -174,9 +174,7 @@ def test_a_wrong_setting_is_refused_with_what_to_write(setting: str, message: st
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "field", ["generate_problems.families", "ingest_math.source.families", "grpo.problems.families"]
-)
+@pytest.mark.parametrize("field", ["generate_problems.families", "ingest_math.source.families"])
 def test_an_unknown_family_of_problems_is_refused_before_anything_runs(field: str) -> None:
     with pytest.raises(ConfigError, match=r"families\.1: Input should be 'chain_sum', .* \(got 'chainsum'\)"):
         load_recipe("tiny").resolve(LINE, [f"{field}=[sort, chainsum]"])

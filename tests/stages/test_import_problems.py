@@ -9,6 +9,8 @@ from infra.errors import ConfigError, InputError
 from infra.stage import Context
 from stages.import_problems import ImportProblemsConfig, import_problems
 from stages.problems.problem import read_problems
+from stages.problems.registry import generate
+from stages.problems.selection import ProblemFilter
 from stages.problems.verify import judge, require, verify
 from stages.sft import SftConfig, sft
 
@@ -48,6 +50,17 @@ def test_problems_are_split_by_their_question_and_judged_by_their_answer(write, 
         assert verify(problem, rf"\boxed{{{problem.answer}}}")
         assert not verify(problem, f"{problem.answer}1")
         assert problem.language == ("en" if problem.question.startswith("What") else "zh")
+
+
+def test_a_filter_names_families_of_imports_and_an_unknown_one_is_refused_with_the_nearest(write, tmp_path):
+    _, splits = read(write(*({"question": q, "answer": a} for q, a in QUESTIONS)), tmp_path)
+    problems = splits["train"] + generate(("sort", "chain_sum"), ("en",), 6, 0, "train")
+    assert list(ProblemFilter(families=("sums",)).select(problems)) == splits["train"]
+    assert {p.family for p in ProblemFilter(families=("sums", "sort")).select(problems)} == {"sums", "sort"}
+    with pytest.raises(ConfigError, match=r"problems\.families: no problem is of 'chainsum'; did you mean 'chain_sum'"):
+        ProblemFilter(families=("sums", "chainsum")).select(problems)
+    with pytest.raises(ConfigError, match="no problem is of 'gcd'; choose from chain_sum, sort, sums"):
+        ProblemFilter(families=("gcd",)).select(problems)
 
 
 @pytest.mark.parametrize(

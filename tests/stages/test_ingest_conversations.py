@@ -10,7 +10,9 @@ from datasets import Dataset
 from infra.artifact import Artifact
 from infra.errors import InputError
 from infra.stage import Context
+from stages.import_problems import ImportProblemsConfig, import_problems
 from stages.ingest_conversations import IngestConversationsConfig, ingest_conversations
+from stages.problems.problem import read_problems
 from stages.sft import SftConfig, sft
 from stages.tokens.bpe import load_tokenizer
 from stages.tokens.chat_template import render
@@ -45,10 +47,10 @@ def sharegpt(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"from": names[message["role"]], "value": message["content"]} for message in messages]
 
 
-def read(folder, source: dict, **options):
+def read(folder, source: dict, inputs: dict | None = None, **options):
     ctx = Context.local(folder)
     config = IngestConversationsConfig(source={"kind": "files", "name": "mine", "license": "MIT", **source}, **options)
-    return ingest_conversations(config, {}, ctx), ctx.out
+    return ingest_conversations(config, inputs or {}, ctx), ctx.out
 
 
 def lines(path, rows) -> dict:
@@ -84,6 +86,27 @@ def test_a_limited_ingest_is_the_same_sample_each_time(tmp_path):
     assert read_conversations(out) == read_conversations(again)
     _, other = read(tmp_path / "three", source | {"id_field": "n"}, max_conversations=10, seed=1)
     assert read_conversations(out) != read_conversations(other)
+
+
+def test_conversations_that_ask_a_held_out_problem_are_left_out_and_named(tmp_path):
+    rows = [{"question": f"What is {number} + 1?", "answer": str(number + 1)} for number in range(40)]
+    lines(tmp_path / "problems.jsonl", rows)
+    about = {"name": "sums", "path": str(tmp_path / "problems.jsonl"), "license": "MIT"}
+    ctx = Context.local(tmp_path / "problems")
+    assert (n_heldout := import_problems(ImportProblemsConfig(**about), {}, ctx)["n_heldout"]) > 1
+    inputs = {"problems": Artifact.local(ctx.out, "problems")}
+    source = lines(tmp_path / "a.jsonl", [{"messages": talk(number), "n": number} for number in range(40)])
+    summary, out = read(tmp_path / "run", source | {"id_field": "n"}, inputs)
+    assert (summary["contaminated"], summary["conversations"]) == (n_heldout, 40 - n_heldout)
+    heldout = {problem.question: problem.id for problem in read_problems(ctx.out / "heldout.jsonl")}
+    assert not heldout.keys() & {messages[1]["content"] for messages, _ in read_conversations(out)}
+    named = [json.loads(line) for line in (out / "contaminated.jsonl").read_text().splitlines()]
+    asked = {f"mine/{number}": talk(number)[1]["content"] for number in range(40)}
+    assert {row["problem"] for row in named} == set(heldout.values())
+    assert all(heldout[asked[row["id"]]] == row["problem"] for row in named)
+    leaked = [{"messages": [{"role": "user", "content": next(iter(heldout))}, {"role": "assistant", "content": "1"}]}]
+    with pytest.raises(InputError, match="no conversation that asks no held-out problem"):
+        read(tmp_path / "none", lines(tmp_path / "b.jsonl", leaked), inputs)
 
 
 @pytest.mark.parametrize(

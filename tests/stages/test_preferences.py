@@ -1,5 +1,6 @@
 """Preferences: read from files of every published form, and made from rollouts."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -13,6 +14,7 @@ from infra.errors import InputError
 from infra.stage import Context
 from stages.ingest_preferences import IngestPreferencesConfig, ingest_preferences
 from stages.make_preferences import MakePreferencesConfig, make_preferences
+from stages.problems.problem import Problem
 from stages.rl.preferences import Preference, hold_out, read_preferences, write_preferences
 from stages.rl.rollout import SCHEMA, write_rollouts
 
@@ -109,7 +111,8 @@ def test_a_margin_must_be_a_number_and_a_missing_column_is_named_with_its_option
 
 
 def rollout(problem, text, accuracy, step=1, language="en", finished=True, reward=None):
-    row = dict.fromkeys(SCHEMA.names) | {"step": step}
+    asked = Problem(problem, "sums", language, 1, f"Q {problem}", "", "", "integer", {}, f"sums {problem[:1]}")
+    row = dict.fromkeys(SCHEMA.names) | {"step": step, "problem": asked.to_json()}
     row |= {"problem_id": problem, "prompt": f"Q {problem}", "completion": text, "language": language}
     return row | {"finished": finished, "accuracy": accuracy, "reward": accuracy if reward is None else reward}
 
@@ -192,3 +195,29 @@ def test_a_prompt_is_held_out_whole_and_measured_by_one_pair(tmp_path):
     assert hold_out(pairs, 0.2, seed=1)[1] != held
     write_preferences(tmp_path, pairs)
     assert read_preferences(tmp_path) == pairs
+
+
+def test_a_problems_twin_in_the_other_language_is_held_out_with_it(tmp_path):
+    rows = [
+        rollout(f"{chr(number)}-{language}", text, right, language=language)
+        for number in range(ord("a"), ord("a") + 26)
+        for language in ("en", "zh")
+        for text, right in (("yes", 1.0), ("no", 0.0))
+    ]
+    _, pairs = make(tmp_path, rows)
+    learnt, held = hold_out(pairs, 0.3, seed=0)
+    assert len(pairs) == 52
+    assert len({pair.prompt for pair in pairs}) == 52  # by their texts alone the twins would be apart
+    assert 3 < len(held) < 15
+    assert len(learnt) == 52 - 2 * len(held)
+    assert not {pair.content for pair in learnt} & {pair.content for pair in held}
+
+
+def test_pairs_of_earlier_versions_are_held_out_by_their_prompts(tmp_path):
+    pair = Preference("a", "[]", "good", "bad", "en", "s", 1.0, "sums 1")
+    write_preferences(tmp_path, [pair])
+    path = tmp_path / "preferences-00000.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("content"), path)
+    (read_back,) = read_preferences(tmp_path)
+    assert read_back == dataclasses.replace(pair, content=None)
+    assert (pair.asked, read_back.asked) == ("sums 1", "[]")

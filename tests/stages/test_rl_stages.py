@@ -90,9 +90,9 @@ def test_two_ray_workers_learn_what_one_process_learns(inputs, bandit_problems, 
 
 def test_a_filter_that_leaves_nothing_says_so(inputs, tmp_path):
     for stage, config in (
-        (grpo, GrpoConfig(problems={"families": ["gcd"]})),
-        (evaluate, EvaluateConfig(name="x", problems={"families": ["gcd"]})),
-        (sample, SampleConfig(problems={"families": ["gcd"]})),
+        (grpo, GrpoConfig(problems={"levels": [9]})),
+        (evaluate, EvaluateConfig(name="x", problems={"levels": [9]})),
+        (sample, SampleConfig(problems={"levels": [9]})),
     ):
         with pytest.raises(InputError, match="widen the filter"):
             stage(config, inputs, Context.local(tmp_path))
@@ -129,6 +129,9 @@ def test_evaluations_and_their_report_agree_with_the_rows_they_keep(inputs, tmp_
         assert summary["pass_1_low"] <= summary["pass_1"] <= summary["pass_1_high"]
         made = json.loads((ctx.out / "report.json").read_text())
         assert [row["k"] for row in made["curve"]] == [1, 2, 4]
+        assert sum(made["wrong"].values()) == 40 - round(4 * sum(r["pass_1"] for r in records))
+        assert all(f"{reason} {count}" in summary["wrong"] for reason, count in made["wrong"].items())
+        assert f"of 40 answers are wrong: {summary['wrong']}." in (ctx.out / "report.md").read_text()
         assert made["curve"][0]["maj"] == pytest.approx(made["measures"]["pass_1"]["value"])
         assert made["measures"]["maj_at_4"]["value"] == pytest.approx(sum(r["consensus"] for r in records) / 10)
         artifacts.append(Artifact.local(ctx.out, "report", summary))
@@ -167,6 +170,8 @@ def test_samples_are_kept_whole_once_each_and_their_figures_agree(sampled, bandi
     assert [Problem.from_json(rows[16 * g]["problem"]) for g in range(10)] == list(bandit_problems)
     assert summary["samples"] == 160
     assert summary["accuracy"] == pytest.approx(sum(row["accuracy"] for row in rows) / 160, abs=1e-4)
+    assert all((row["reason"] is None) == (row["accuracy"] == 1) for row in rows)
+    assert summary["wrong"].startswith("wrong answer ")
     assert summary["sample_flops"] == sum(row["flops"] for row in rows) > 0
     tokenizer, model = load_tokenizer(bandit_base), load_model(bandit_base)
     for row in rows[:3]:  # all that a learner needs to learn from them is there

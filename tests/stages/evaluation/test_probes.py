@@ -1,5 +1,6 @@
 """Probes judge replies by rules: these are the replies, and what the rules must say of them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -113,3 +114,20 @@ def test_shares_and_gains_are_counted_over_cases_and_pairs(cases):
     assert found["two_turns_gain"].value == 0
     assert 0 < found["json_parses"].high < 0.3  # none of twelve: no share is known to be nought
     assert found["chain_wordless"].value == 1
+
+
+def test_twins_of_one_problem_are_drawn_together(cases):
+    english = [case for case in cases if case.language == "en" and case.probe in ("json", "shots")]
+    twins = [dataclasses.replace(case, language="zh", pair=f"{case.pair} zh") for case in english]
+    right = {case.content: number % 3 == 0 for number, case in enumerate(english)}
+
+    def verdict(case):
+        if case.probe == "json":
+            return {"json_right": right[case.content]}
+        return {f"{case.variant}_right": right[case.content] and case.variant == "few_shot"}
+
+    both = [*english, *twins]
+    found = measures(both, list(map(verdict, both)))
+    for name in ("json_right", "few_shot_right", "few_shot_gain"):
+        assert found[name].low < found[name].value < found[name].high
+        assert found[name] == found[f"{name}_en"]  # twins that agree tell no more than one of them

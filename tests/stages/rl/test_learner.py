@@ -11,6 +11,7 @@ import torch
 from infra.errors import ConfigError
 from model.value import ValueModel
 from stages.grpo import GrpoConfig
+from stages.rl.group_rewards import brevity
 from stages.rl.learner import learn
 from stages.rl.mismatch import EngineMismatch
 from stages.rl.policy_loss import PolicyObjective
@@ -57,6 +58,18 @@ def test_a_steps_row_reports_every_rule_and_the_signs_of_reasoning(job, tmp_path
     replies = list(read_rollouts(tmp_path / "scratch/rollouts"))
     assert row["overlong"] == pytest.approx(sum(reply["tokens"] for reply in replies) / len(replies) / 14)
     assert (row["reflections"], row["verification"], row["backtracking"]) == (0, 0, 0)  # its chains say "so"
+
+
+def test_replies_are_paid_for_brevity_within_their_groups(job, tmp_path):
+    (row,) = learn(job(tmp_path, steps=1, rewards={"format": 0.2, "brevity": 0.4}), silent)
+    groups = list(grouped(read_rollouts(tmp_path / "scratch/rollouts")))
+    points = [brevity([r["tokens"] for r in group], [r["accuracy"] == 1 for r in group]) for group in groups]
+    assert len({reply["tokens"] for group in groups for reply in group}) > 1
+    paid = [0.4 * point for group in points for point in group]
+    rules = [reply["accuracy"] + 0.2 * reply["format"] for group in groups for reply in group]
+    rewards = [reply["reward"] for group in groups for reply in group]
+    assert rewards == pytest.approx([rule + one for rule, one in zip(rules, paid, strict=True)])
+    assert row["reward"] == pytest.approx(sum(rewards) / len(rewards))
 
 
 def test_multi_token_prediction_modules_come_back_unchanged(job, bandit_base, tmp_path):

@@ -1,5 +1,6 @@
 """The store gives back what was written under the same key, whole, and nothing else."""
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -54,14 +55,28 @@ def test_a_chunk_is_asked_once_and_read_back_the_same_by_the_next_run(explorer, 
     assert [vars(rollout) | {"score": None} for rollout in again] == [
         vars(rollout) | {"score": None, "logprobs": torch.tensor(rollout.logprobs).tolist()} for rollout in first
     ]
-    assert [(a.score.reward, dict(a.score.rules)) for a in again] == [
-        (f.score.reward, dict(f.score.rules)) for f in first
+    assert [(a.score.reward, dict(a.score.rules), a.score.reason) for a in again] == [
+        (f.score.reward, dict(f.score.rules), f.score.reason) for f in first
     ]
     rows = list(read_rollouts(tmp_path))
     assert [(row["step"], row["group"], row["sample"]) for row in rows] == [
         (4, g, s) for g in (6, 7, 8) for s in (0, 1)
     ]
     assert [Rollout.from_row(row).problem for row in rows[::2]] == list(bandit_problems[:3])
+
+
+def test_rollouts_of_before_reasons_are_read_and_taken_up(explorer, bandit_problems, tmp_path):
+    engine = Counting()
+    explorer(engine).chunk(1, 0, 0, bandit_problems[:2], seed=7)
+    assert [row["reason"] for row in read_rollouts(tmp_path)] == ["no single answer"] * 4
+    (path,) = tmp_path.glob("rollouts-*")
+    pq.write_table(pq.read_table(path).drop_columns("reason"), path)
+    assert [row["reason"] for row in read_rollouts(tmp_path)] == [None] * 4
+    assert [row["reason"] for row in read_rollouts(tmp_path, ("step", "reason"))] == [None] * 4
+    assert set(next(read_rollouts(tmp_path, ("step",)))) == {"step"}
+    again = explorer(engine).chunk(1, 0, 0, bandit_problems[:2], seed=7)
+    assert [rollout.score.reason for rollout in again] == [""] * 4
+    assert engine.asked == [7]
 
 
 @pytest.mark.parametrize(
