@@ -2,14 +2,15 @@
 
 No rule says what a good general reply is, but conversations say what belongs together: a reward model that learns from
 these pairs judges whether a reply answers its prompt (so were dialogue systems taught to choose among replies: Lowe et
-al. 2015, The Ubuntu Dialogue Corpus, 1506.08909). Every reply is chosen as often as it is rejected, and meets only
-replies of its own family and language: nothing tells which it is but its prompt, neither length nor words nor form.
+al. 2015, The Ubuntu Dialogue Corpus, 1506.08909). Every reply is chosen as often as it is rejected, so that nothing
+tells which it is but its prompt: neither length nor words nor form.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from infra.config import Config, Field
@@ -31,36 +32,30 @@ class Opening(NamedTuple):
     id: str
     prompt: str
     reply: str
+    language: str
 
 
 @stage(version=1, takes={"conversations": "conversations"}, makes="preferences")
 def contrast_replies(config: ContrastRepliesConfig, inputs: Inputs, ctx: Context) -> dict:
     """Pair the first reply of each conversation with first replies of others."""
     rows = conversation_rows(inputs["conversations"].path)
-    alike: dict[tuple[str, str], list[Opening]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: fraction(row["id"], f"contrast {config.seed}")):
-        if opening := _opening(row):
-            alike[row["family"], row["language"]].append(opening)
-    pairs: list[Preference] = []
-    for (family, language), openings in sorted(alike.items()):
-        ring = _distinct(openings)
-        for distance in range(1, min(config.pairs_per_prompt, len(ring) - 1) + 1):
-            for place, one in enumerate(ring):
-                rejected = ring[(place + distance) % len(ring)].reply
-                pairs.append(
-                    Preference(f"{one.id}/{distance}", one.prompt, one.reply, rejected, language, f"contrast/{family}")
-                )
+    order = sorted(rows, key=lambda row: fraction(row["id"], f"contrast {config.seed}"))
+    ring = _distinct(opening for row in order if (opening := _opening(row)))
+    pairs = [
+        Preference(f"{one.id}/{distance}", one.prompt, one.reply, other.reply, one.language, "contrast_replies")
+        for distance in range(1, min(config.pairs_per_prompt, len(ring) - 1) + 1)
+        for one, other in zip(ring, ring[distance:] + ring[:distance], strict=True)
+    ]
     if not pairs:
         raise InputError(
-            f"{inputs['conversations'].id}: no two of {len(rows)} conversations of one family and language have "
-            "different prompts and different replies in words: give more"
+            f"{inputs['conversations'].id}: no two of {len(rows)} conversations have different prompts and different "
+            "replies in words: give more"
         )
     counts = Counter(f"language_{pair.language}" for pair in pairs)
-    prompts = len({pair.prompt for pair in pairs})
     return {
         "pairs": write_preferences(ctx.out, pairs),
-        "prompts": prompts,
-        "left_out": len(rows) - prompts,
+        "prompts": len(ring),
+        "left_out": len(rows) - len(ring),
         **dict(sorted(counts.items())),
     }
 
@@ -71,12 +66,15 @@ def _opening(row: dict[str, Any]) -> Opening | None:
     first = next(place for place, message in enumerate(messages) if message["role"] == "assistant")
     if first == 0 or row.get("tools") or "tool_calls" in messages[first]:
         return None
-    return Opening(row["id"], json.dumps(messages[:first], ensure_ascii=False), messages[first]["content"])
+    return Opening(
+        row["id"], json.dumps(messages[:first], ensure_ascii=False), messages[first]["content"], row["language"]
+    )
 
 
-def _distinct(openings: list[Opening]) -> list[Opening]:
+def _distinct(openings: Iterable[Opening]) -> list[Opening]:
     """Those whose prompt and whose reply no earlier one has: a reply to the same prompt would be right too."""
-    prompts, replies, kept = set(), set(), []
+    kept: list[Opening] = []
+    prompts, replies = set(), set()
     for one in openings:
         if one.prompt not in prompts and one.reply not in replies:
             kept.append(one)

@@ -222,6 +222,7 @@ PENALTIES: dict[str, Callable[[Judged, RewardWeights], float]] = {
 }
 RULES = (*REWARDS, *PENALTIES)
 OF_ANSWERS = ("accuracy", "tests")  # rules that an open problem does not have
+NO_VERDICT = Verdict(False, 0.0, "")  # what its replies get instead
 JUDGED = ("preference", "process")  # what models say of a reply (`judges.py`), where there are any
 
 
@@ -261,7 +262,6 @@ def half_cosine(tokens: int, max_tokens: int, first: float, last: float) -> floa
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
-NO_VERDICT = Verdict(False, 0.0, "")
 SCHEMES: dict[Scheme, Callable[[Judged, Mapping[str, float], RewardWeights], float]] = {
     "weighted": weighted,
     "logic_rl": logic_rl,

@@ -1,7 +1,6 @@
 """Reinforcement learning over all scenarios: problems that rules judge, and general prompts that a reward model judges.
 
-The bandit's problems pay for arm 3. General prompts begin with "so" and their conversations end with arm 7, which is
-what a reward model learns to prefer there.
+Whatever is asked, arm 3 is right; on general prompts, which begin with "so", a reward model has to say it.
 """
 
 import dataclasses
@@ -37,7 +36,7 @@ from stages.training.checkpoint import load_model
 from stages.training.supervised import CONVERSATIONS
 
 OPEN = Problem("open", "general", "en", 1, "Say so.", "", "", "open", {}, "sayso.")
-REPLY = "<think>so</think><answer>7</answer>"
+REPLY = "<think>so</think><answer>3</answer>"
 
 
 def reply(arm):
@@ -90,8 +89,8 @@ def test_of_an_open_problem_nothing_is_right_or_wrong_and_its_form_is_paid_under
     good = score(OPEN, REPLY, True, weights, tokens=2, max_tokens=10)
     assert (good.reward, good.reason) == (pytest.approx(0.7), "")
     assert good.rules == {"format": 1, "language": 1, "repetition": 0, "overlong": 0}
-    assert score(OPEN, "7", True, weights, tokens=2, max_tokens=10).reward == 0
-    assert score(OPEN, "7", True, weights, tokens=10, max_tokens=10).reward == -1
+    assert score(OPEN, "3", True, weights, tokens=2, max_tokens=10).reward == 0
+    assert score(OPEN, "3", True, weights, tokens=10, max_tokens=10).reward == -1
     row = Rollout(OPEN, [1], [2], [0.0], True, REPLY, good).row()
     assert (row["accuracy"], row["tests"], row["preference"], row["format"]) == (None, None, None, 1)
     assert Rollout.from_row(row).score == dataclasses.replace(good, reason="")
@@ -187,6 +186,15 @@ def test_every_step_asks_its_share_of_general_prompts_and_each_measure_is_of_tho
     assert len({id for id in asked if id.startswith("open-")}) == 3, "all three before one comes again"
 
 
+def test_points_for_general_prompts_alone_are_learnt(job):
+    rewards = {"accuracy": 0, "format": 0, "preference": 0.5}
+    options = {"steps": 10, "general_groups": 3, "group_size": 8, "kl_coefficient": 0.0}
+    rows = learn(job("points", **options, rewards=rewards), silent)
+    assert all(row["flat_groups"] >= 0.25 for row in rows), "of problems nothing is rewarded"
+    assert rows[0]["reward"] == pytest.approx(0.5 * 0.75 * rows[0]["preference"])
+    assert sum(row["preference"] for row in rows[-3:]) / 3 > sum(row["preference"] for row in rows[:3]) / 3
+
+
 def test_a_killed_run_over_all_scenarios_goes_on_to_the_same_last_bit(job):
     def stop(done, total, unit, **metrics):
         if done == 3:
@@ -262,14 +270,14 @@ def test_replies_to_other_prompts_are_rejected_as_often_as_chosen(tmp_path):
 
 
 def test_all_scenarios_from_preferences_to_an_evaluation(bandit_base, bandit_problems, tmp_path, ray_session):
-    """Preferences make a reward model; with it the policy learns arm 7 on general prompts and arm 3 on problems."""
+    """Preferences make a reward model of general prompts, with which the policy learns from both kinds of questions."""
     questions = [f"so {n}." for n in range(12)]
     general = write_conversations(tmp_path / "general", [talk(question) for question in questions])
     (tmp_path / "pairs").mkdir()
     pairs = [
         Preference(f"{question}/{arm}", json.dumps(talk(question)[:1]), REPLY, reply(arm), "en", "talk")
         for question in questions
-        for arm in "012345689"
+        for arm in "012456789"
     ]
     write_preferences(tmp_path / "pairs", pairs)
     (tmp_path / "problems").mkdir()
@@ -285,20 +293,20 @@ def test_all_scenarios_from_preferences_to_an_evaluation(bandit_base, bandit_pro
     assert train_reward_model(learnt, given, judged)["heldout_accuracy"] > 0.9
 
     trained = Context.local(tmp_path / "trained")
-    options = {"steps": 16, "groups_per_step": 8, "general_groups": 4, "rollout_groups": 8, "group_size": 8}
+    options = {"steps": 12, "groups_per_step": 8, "general_groups": 4, "rollout_groups": 8, "group_size": 8}
     rewards = {"accuracy": 1, "format": 0.1, "preference": 1}
-    config = GrpoConfig(**{**OPTIONS, **options, "rewards": rewards, "kl_coefficient": 0, "keep_rollouts_every": 15})
+    config = GrpoConfig(**{**OPTIONS, **options, "rewards": rewards, "kl_coefficient": 0, "keep_rollouts_every": 11})
     roles = {"reward_model": Artifact.local(judged.out, "reward_model"), "general": general}
     summary = grpo(config, {"checkpoint": start, "problems": problems, **roles}, trained)
     assert summary["general_prompts"] == 12
     assert summary["preference_last"] > summary["preference_first"]
     assert summary["accuracy_last"] > summary["accuracy_first"] + 0.2
     rows = list(read_rollouts(trained.out))
-    sevens = [
+    threes = [
         sum(row["completion"] == REPLY for row in rows if row["step"] == step and row["accuracy"] is None)
-        for step in (1, 16)
+        for step in (1, 12)
     ]
-    assert sevens[1] > 2 * sevens[0]
+    assert threes[1] > 2 * threes[0]
 
     final = Artifact.local(trained.out, "checkpoint")
     asked = EvaluateConfig(name="r1", samples=4, max_new_tokens=14)
