@@ -176,7 +176,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_v3_sft": {"name": "v3_from_r1", **EVALUATE},
     "general_preferences": {"pairs_per_prompt": 2},
     "general_judge": {
-        **{"epochs": 2.0, "batch_size": 16, "target": "answer"},
+        **{"epochs": 1.0, "batch_size": 16, "target": "answer", "heldout_share": 0.08},
         "learning_rate": {"schedule": "cosine", "peak": 5e-4, "warmup_steps": 5},
     },
     "scenarios_rl": {
