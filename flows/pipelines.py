@@ -255,6 +255,26 @@ _EQUAL = LINE.branch(
     Node("report_equal", "report", {"evaluations": {name: f"evaluate_{name}" for name in _ARMS}}),
 )
 
+# DeepSeek-R1, section 2.3.4: the last reinforcement learning is over all scenarios. Rules judge the problems; general
+# prompts are judged by a reward model, which learns whether a reply answers its prompt. R1 without them stands beside.
+_SCENARIOS = LINE.branch(
+    "all_scenarios",
+    "Final RL over problems and general prompts, these judged by a preference reward model",
+    Node("general_preferences", "contrast_replies", {"conversations": "general"}),
+    Node("general_judge", "train_reward_model", {"checkpoint": "sft", "preferences": "general_preferences"}),
+    Node(
+        "scenarios_rl",
+        "grpo",
+        {
+            **{"checkpoint": "sft", "problems": "generate_problems"},
+            **{"general": "general", "reward_model": "general_judge"},
+        },
+    ),
+    _EVALUATIONS["r1"],
+    _evaluate("scenarios_rl", "scenarios_rl"),
+    Node("report_scenarios", "report", {"evaluations": {"r1": "evaluate_r1", "all": "evaluate_scenarios_rl"}}),
+)
+
 # Reproductions of others' work begin at a published checkpoint: flows/recipes/reproductions.py has their figures.
 _ZERO = Pipeline(
     "imported_zero",
@@ -330,6 +350,7 @@ PIPELINES: dict[str, Pipeline] = {
         ),
         _EQUAL,
         _V3,
+        _SCENARIOS,
         _ZERO,
         _TRACES,
         LINE,

@@ -31,6 +31,7 @@ NAMES = (
     "sample",
     "rejection_sample",
     "make_preferences",
+    "contrast_replies",
     "dpo",
     "train_reward_model",
     "label_steps",

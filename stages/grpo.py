@@ -1,7 +1,8 @@
 """Reinforcement learning from verifiable rewards: GRPO (DeepSeekMath, section 4; DeepSeek-R1, sections 2.2 and 2.3).
 
 From a base model with the template `r1_zero` this is R1-Zero; from the cold start with `chat` and a language reward it
-is R1's reasoning stage; with a reward model, its last one (section 2.3.4). `loss` takes one of GRPO's successors
+is R1's reasoning stage; with a reward model and general prompts, its last one over all scenarios (section 2.3.4): rules
+judge the problems, the reward model and the form the general prompts. `loss` takes one of GRPO's successors
 instead, or PPO with a critic; DAPO is `dapo` with `dynamic_sampling`, the reward `overlong` and no KL term. Renewing
 the reference is the iterative GRPO of DeepSeekMath, section 4.1.4; its process supervision takes a process model.
 """
@@ -19,18 +20,21 @@ from infra.errors import ConfigError, InputError
 from infra.ray import spmd
 from infra.stage import Context, Inputs, optional, stage
 from stages.evaluation.plots import Panel, plot_curves
-from stages.problems.problem import Language, read_problems
+from stages.problems.problem import Language, Problem, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl import emergence
 from stages.rl.algorithms import ALGORITHMS, AlgorithmName
 from stages.rl.critic import CriticConfig
 from stages.rl.engines import EngineName
+from stages.rl.general import open_problems
 from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.policy_loss import KlEstimator, PolicyObjective
-from stages.rl.prompts import Template
+from stages.rl.prompts import Template, prompt_ids
 from stages.rl.reward_model import load_target
 from stages.rl.rewards import JUDGED, PENALTIES, RewardWeights
 from stages.rl.rollout_store import RolloutStore
+from stages.tokens.bpe import load_tokenizer
+from stages.training.checkpoint import load_config
 
 
 class GrpoConfig(Config):
@@ -49,6 +53,9 @@ class GrpoConfig(Config):
     steps: int = Field(60, ge=1, title="Steps", description="Explorations")
     groups_per_step: int = Field(32, ge=1, title="Questions a step", description="R1-Zero: 32")
     group_size: int = Field(8, ge=2, title="Replies a question", description="R1-Zero: 16, DeepSeekMath: 64")
+    general_groups: int = Field(
+        0, ge=0, title="General questions a step", description="Of the questions a step; from the input general"
+    )
     rollout_groups: int = Field(16, ge=1, title="Questions a chunk", description="Generated together by one worker")
     dynamic_sampling: int = Field(
         0, ge=0, title="Dynamic sampling", description="Rounds in which others replace groups of equal rewards; 0: off"
@@ -137,6 +144,19 @@ class GrpoConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _general_questions_have_a_reward(self) -> GrpoConfig:
+        if self.general_groups and not self.rewards.preference:
+            raise ValueError(
+                "general_groups asks questions without right answers: set rewards.preference, and give a reward_model"
+            )
+        if self.general_groups >= self.groups_per_step:
+            raise ValueError(
+                f"general_groups={self.general_groups} leaves no problem of groups_per_step={self.groups_per_step}: "
+                "lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _late_replies_are_corrected(self) -> GrpoConfig:
         if self.staleness and not self.importance_cap:
             raise ValueError(
@@ -159,25 +179,54 @@ class GrpoConfig(Config):
     takes={
         "checkpoint": "checkpoint",
         "problems": "problems",
+        "general": optional("conversations", "preferences"),
         "reward_model": optional("reward_model"),
         "process_reward_model": optional("reward_model"),
     },
     makes="checkpoint",
 )
 def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
-    """Improve a checkpoint by group relative policy optimisation on problems with exact answers."""
+    """Improve a checkpoint by group relative policy optimisation on problems with exact answers, and on general prompts
+    that a reward model judges."""
     judges = {role: str(inputs[role].path) for role in ("reward_model", "process_reward_model") if role in inputs}
     check_judges(config, judges)
+    general, said = general_problems(config, inputs)
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
     if not problems:
         raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
-    job = GrpoJob(config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch), **judges)
+    job = GrpoJob(
+        config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch), **judges, general=general
+    )
     workers = min(ctx.workers, config.groups_per_step // config.rollout_groups)
     rows = [{"step": step, **row} for step, row in enumerate(spmd(learn, job, ctx, workers=workers)[0], start=1)]
     RolloutStore(ctx.scratch / ROLLOUTS).copy(ctx.out, config.keeps)
     drawn = [panel for panel in PANELS if any(name in rows[0] for name in panel.series)]
     plot_curves(ctx.out / "curves.png", rows, drawn)
-    return {"name": config.name or "grpo", **summarise(rows)}
+    return {"name": config.name or "grpo", **summarise(rows), **said}
+
+
+def general_problems(config: GrpoConfig, inputs: Inputs) -> tuple[tuple[Problem, ...], dict[str, int]]:
+    """The general prompts that are asked, and what the summary says of them; none where the input is not given.
+
+    Raises ConfigError where only one of input and `general_groups` is, and InputError where no prompt can be asked.
+    """
+    if bool(config.general_groups) != ("general" in inputs):
+        raise ConfigError("grpo: input general and general_groups > 0 go together: give both or neither")
+    if "general" not in inputs:
+        return (), {}
+    checkpoint = inputs["checkpoint"].path
+    tokenizer, room = load_tokenizer(checkpoint), load_config(checkpoint).max_position - config.max_new_tokens
+    found, others = open_problems(
+        inputs["general"],
+        config.languages,
+        fits=lambda question: len(prompt_ids(question, config.template, tokenizer)) <= room,
+    )
+    if not found:
+        raise InputError(
+            f"{inputs['general'].id} has no prompt in {' or '.join(config.languages)} of at most {room} tokens that "
+            "begins a conversation: give others, or lower max_new_tokens"
+        )
+    return found, {"general_prompts": len(found), "general_left_out": others}
 
 
 def check_judges(config: GrpoConfig, judges: Mapping[str, str]) -> None:
@@ -213,7 +262,8 @@ def summarise(rows: list[dict]) -> dict:
     tenth = max(1, len(rows) // 10)
     summary: dict = {"steps": len(rows), "train_flops": rows[-1]["flops"]}
     summary["reply_tokens"] = int(sum(row["reply_tokens"] for row in rows))
-    for name in ("reward", "accuracy", "format", "language", "length", "entropy", *emergence.MEASURES):
+    points = [name for name in JUDGED if name in rows[0]]
+    for name in ("reward", "accuracy", "format", "language", "length", "entropy", *emergence.MEASURES, *points):
         summary[f"{name}_first"] = round(sum(row[name] for row in rows[:tenth]) / tenth, 4)
         summary[f"{name}_last"] = round(sum(row[name] for row in rows[-tenth:]) / tenth, 4)
     summary["kl_last"] = round(sum(row["kl"] for row in rows[-tenth:]) / tenth, 6)

@@ -29,12 +29,12 @@ class LabelStepsConfig(Config):
     seed: int = Field(0, title="Seed")
 
 
-@stage(version=1, takes={"checkpoint": "checkpoint", "rollouts": one_of("rollouts", "checkpoint")}, makes="rollouts")
+@stage(version=2, takes={"checkpoint": "checkpoint", "rollouts": one_of("rollouts", "checkpoint")}, makes="rollouts")
 def label_steps(config: LabelStepsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Label each step of well-formed replies by completing it with a checkpoint and judging the answers."""
     order: dict[str, dict] = {}  # by problem and text: of replies that say the same, one
     for row in read_rollouts(inputs["rollouts"].path):
-        if row["finished"] and row["format"] >= 1:
+        if row["finished"] and row["format"] >= 1 and row["accuracy"] is not None:  # no step of an open one is right
             order.setdefault(f"{row['problem_id']} {row['completion']}", row)
     kept, seen = [], Counter()
     for key in sorted(order, key=lambda key: fraction(key, f"steps {config.seed}")):
@@ -45,7 +45,10 @@ def label_steps(config: LabelStepsConfig, inputs: Inputs, ctx: Context) -> dict:
     # Replies to one problem share prefixes: side by side, they are completed once.
     rows = sorted(kept[: config.max_replies], key=lambda row: row["problem_id"])
     if not rows:
-        raise InputError(f"{inputs['rollouts'].id} has no well-formed reply: its steps could not be told")
+        raise InputError(
+            f"{inputs['rollouts'].id} has no well-formed reply: its steps could not be told (those to general prompts "
+            "lead to no answer and are left out)"
+        )
     job = LabelJob(
         checkpoint=str(inputs["checkpoint"].path),
         rows=tuple(rows),

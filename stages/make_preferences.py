@@ -1,7 +1,8 @@
 """Preferences from rollouts: of replies to the same problem, a better one against a worse one.
 
-What made the replies scored them already: an exact verifier's verdict (`accuracy`), or the whole reward. The best reply
-of a group goes against its worst, the second best against the second worst, and so on while they are far enough apart.
+What made the replies scored them already: an exact verifier's verdict (`accuracy`), or the whole reward, which replies
+to general prompts have too. The best reply of a group goes against its worst, the second best against the second worst,
+and so on while they are far enough apart.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def make_preferences(config: MakePreferencesConfig, inputs: Inputs, ctx: Context
     if not pairs:
         raise InputError(
             f"{inputs['rollouts'].id}: of {len(rows)} replies no two to one problem differ by {config.min_margin} in "
-            f"{config.judge}: lower min_margin, or sample more replies a problem"
+            f"{config.judge}: lower min_margin, sample more replies a problem, or judge general prompts by reward"
         )
     counts = Counter(f"language_{pair.language}" for pair in pairs)
     return {
@@ -65,7 +66,7 @@ def pair_up(rows: Iterable[Row], config: MakePreferencesConfig, source: str) -> 
     """
     groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["finished"]:
+        if row["finished"] and row[config.judge] is not None:  # an open problem has no accuracy
             groups[row["problem_id"], row["step"]].append(row)
     problems: dict[str, dict[tuple[str, str], Preference]] = defaultdict(dict)
     for (problem, step), group in sorted(groups.items()):

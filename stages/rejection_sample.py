@@ -2,7 +2,8 @@
 
 Of the replies to a problem, those that are right and readable (well-formed, in one language, without code blocks, long
 paragraphs and repeats) are candidates; up to `keep_per_problem` different ones stay. They come from `sample`, or are
-those that `grpo` kept beside its checkpoint. The summary counts every reason to drop, in the order they are asked.
+those that `grpo` kept beside its checkpoint; replies to general prompts, none of which is right, are left out. The
+summary counts every reason to drop, in the order they are asked.
 
 DeepSeek-V3 takes over R1's reasoning by the same stage (section 5.1): replies behind a system prompt that asks to
 reflect, then the shortest right ones of the expert that was made of them.
@@ -52,7 +53,8 @@ def rejection_sample(config: RejectionSampleConfig, inputs: Inputs, ctx: Context
     """Keep the right, clean and different ones of a model's replies as conversations."""
     replies: dict[str, list[dict[str, Any]]] = {}  # by problem, which several steps of a run may have asked
     for row in read_rollouts(inputs["rollouts"].path, COLUMNS):
-        replies.setdefault(row["problem"], []).append(row)
+        if row["accuracy"] is not None:  # of an open problem nothing is right
+            replies.setdefault(row["problem"], []).append(row)
     samples = sum(map(len, replies.values()))
     conversations, counts, solved = [], Counter(), 0
     for problem, rows in replies.items():
@@ -62,7 +64,10 @@ def rejection_sample(config: RejectionSampleConfig, inputs: Inputs, ctx: Context
         asked = Problem.from_json(problem)
         conversations += [conversation(asked, row, number, config.system_prompt) for number, row in enumerate(kept)]
     if not conversations:
-        raise InputError(f"no reply of {samples} survived ({dict(counts)}): nothing to train on")
+        raise InputError(
+            f"no reply of {samples} to problems with right answers survived ({dict(counts)}; those to general prompts "
+            "are left out): nothing to train on"
+        )
     pq.write_table(pa.Table.from_pylist(conversations, CONVERSATIONS), ctx.out / "conversations-00000.parquet")
     return {
         "conversations": len(conversations),

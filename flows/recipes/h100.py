@@ -180,6 +180,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "concise": {"keep_per_problem": 1, "prefer": "shortest"},
     "v3_sft": TUNE,
     "evaluate_v3_sft": {"name": "v3_from_r1", "samples": 16, **ROLLOUT},
+    "general_preferences": {"pairs_per_prompt": 4},
+    "general_judge": {**ROUND["reward_model"], "target": "answer"},
+    "scenarios_rl": {
+        **{"name": "r1_all_scenarios", "steps": 150, "general_groups": 16, **RL},
+        "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1, "preference": 1.0},
+    },
+    "evaluate_scenarios_rl": {"name": "r1_all_scenarios", "samples": 32, **ROLLOUT},
+    "report_scenarios": {"title": "R1 over all scenarios", "claims": tiny.SCENARIOS, "rises": ()},
     "report_v3": {"title": "R1's reasoning in a chat model", "claims": tiny.CONCISE, "rises": ()},
 }
 

@@ -64,6 +64,9 @@ CONCISE = (
     {"left": "v3_from_r1", "right": "r1", "margin": -0.05, "strict": False},
 )
 
+# General prompts may cost no skill.
+SCENARIOS = ({"left": "r1_all_scenarios", "right": "r1", "margin": -0.05, "strict": False},)
+
 # At the budgets below the best size is a few 10⁴ FLOPs per token. Heads four wide let the width grow in small steps.
 LADDER = {"family": "llama", "d_model": 64, "n_layers": 2, "n_heads": 16, "d_ff": 176, "init_std": 0.1}
 
@@ -171,6 +174,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "concise": {"keep_per_problem": 1, "prefer": "shortest"},
     "v3_sft": {"epochs": 2.0, **TUNE},
     "evaluate_v3_sft": {"name": "v3_from_r1", **EVALUATE},
+    "general_preferences": {"pairs_per_prompt": 2},
+    "general_judge": {
+        **{"epochs": 1.0, "batch_size": 16, "target": "answer", "heldout_share": 0.08},
+        "learning_rate": {"schedule": "cosine", "peak": 5e-4, "warmup_steps": 5},
+    },
+    "scenarios_rl": {
+        **{"name": "r1_all_scenarios", **GRPO, "general_groups": 16},
+        **{"rewards": {**GRPO["rewards"], "preference": 1.0}, "steps": 25},
+    },
+    "evaluate_scenarios_rl": {"name": "r1_all_scenarios", **EVALUATE},
+    "report_scenarios": {"title": "R1 over all scenarios", "claims": SCENARIOS, "rises": ()},
     "report_v3": {"title": "R1's reasoning in a chat model", "claims": CONCISE, "rises": ()},
 }
 

@@ -19,11 +19,12 @@ from infra.errors import InputError
 Language = Literal["en", "zh"]
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 10  # one problem in ten
+OPEN = "open"  # the verifier of a question that has no right answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One question with its exact answer.
+    """One question with its exact answer, or an open one, which has none.
 
     `chain` is a worked solution in the question's language (the text inside `<think>`), `answer` one right answer (the
     text inside `<answer>`); `verifier` names the function of `stages.problems.verify` that judges any other answer
@@ -40,6 +41,11 @@ class Problem:
     verifier: str
     arguments: dict[str, Any]
     content: str
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing is right or wrong: rules of form and a reward model are all that can judge a reply."""
+        return self.verifier == OPEN
 
     @property
     def split(self) -> Split:

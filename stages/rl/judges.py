@@ -1,7 +1,9 @@
 """Rewards that models give, beside the rules: one for a whole reply, one for each of its steps (DeepSeek-R1, 2.3.4).
 
 A preference model says by its own target what it looks at: the answer without the chain (helpfulness), or the whole
-response (harmlessness). A process model scores the steps that `steps.split_steps` cuts.
+response (harmlessness). Where open problems stand beside those with right answers it judges the open ones alone, for
+rules cannot be hacked as it can. A process model scores the steps that `steps.split_steps` cuts, but none of an open
+problem, for no step leads to an answer there.
 """
 
 from __future__ import annotations
@@ -24,22 +26,26 @@ class Judges:
     preference: RewardModel | None = None
     weight: float = 0.0
     process: RewardModel | None = None
+    open_only: bool = False  # the preference model leaves problems with right answers to the rules
 
     def judge(self, rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[Rollout]:
         """The rollouts with what the models say of them."""
         judged = list(rollouts)
         if self.preference:
-            points = _points(self.preference, judged)
-            judged = [_paid(rollout, point, self.weight) for rollout, point in zip(judged, points, strict=True)]
+            points = iter(_points(self.preference, [rollout for rollout in judged if self._prefers(rollout)]))
+            judged = [_paid(one, next(points), self.weight) if self._prefers(one) else one for one in judged]
         if self.process:
-            chains = [(rollout.problem.question, split_steps(rollout.text)) for rollout in judged]
-            scores = self.process.score_chains([chain for chain in chains if chain[1]])
-            found = iter(scores)
+            cut = [[] if one.problem.open else split_steps(one.text) for one in judged]
+            chains = [(one.problem.question, steps) for one, steps in zip(judged, cut, strict=True) if steps]
+            scores = iter(self.process.score_chains(chains))
             judged = [
-                _stepped(rollout, steps, next(found) if steps else [], tokenizer)
-                for rollout, (_, steps) in zip(judged, chains, strict=True)
+                one if one.problem.open else _stepped(one, steps, next(scores) if steps else [], tokenizer)
+                for one, steps in zip(judged, cut, strict=True)
             ]
         return judged
+
+    def _prefers(self, rollout: Rollout) -> bool:
+        return rollout.problem.open or not self.open_only
 
     @property
     def names(self) -> list[str]:
@@ -48,8 +54,10 @@ class Judges:
 
     def flops(self, rollouts: Sequence[Rollout]) -> float:
         """What judging them costs."""
-        models = [judge.model for judge in (self.preference, self.process) if judge]
-        return sum(forward_flops(model.config, rollouts, head=False) for model in models)
+        preferred = [rollout for rollout in rollouts if self._prefers(rollout)]
+        stepped = [rollout for rollout in rollouts if not rollout.problem.open]
+        asked = ((self.preference, preferred), (self.process, stepped))
+        return sum(forward_flops(judge.model.config, said, head=False) for judge, said in asked if judge)
 
 
 def step_ends(tokens: Sequence[int], steps: Sequence[str], tokenizer: Tokenizer) -> list[int]:

@@ -63,6 +63,7 @@ class GrpoJob:
     scratch: str
     reward_model: str | None = None
     process_reward_model: str | None = None
+    general: tuple[Problem, ...] = ()  # open ones, asked beside the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +94,16 @@ class Learner:
         self.model.mtp, self.model.config = torch.nn.ModuleList(), self.model.config.replace(n_mtp=0)
         self.critic = ValueModel(copy.deepcopy(self.model)) if config.loss == "ppo" else None
         self.update = Update(config, self.model, self.critic, self.tokenizer.pad, ranks)
-        self.questions = Questions(job.problems, config.groups_per_step, config.seed)
+        beside = Questions(job.general, config.general_groups, f"{config.seed}/general") if job.general else None
+        self.questions = Questions(
+            job.problems, config.groups_per_step - config.general_groups, config.seed, beside=beside
+        )
         self.rollouts = RolloutStore(Path(job.scratch) / ROLLOUTS)
         self.judges = Judges(
             load_reward_model(job.reward_model, device) if job.reward_model else None,
             config.rewards.preference,
             load_reward_model(job.process_reward_model, device) if job.process_reward_model else None,
+            open_only=bool(job.general),
         )
         # What explores: the model itself, or weights of its own that stay as they were while the model learns.
         self.explored_by = copy.deepcopy(self.model).requires_grad_(False) if config.staleness else self.model

@@ -6,6 +6,9 @@ gets a number in [0, 1]. A reply is judged whole: it must be exactly `<think>…
 
 A new rule is a pure function in `REWARDS` or `PENALTIES` and a weight of its name in `RewardWeights`. A new way to pay
 for the rules, such as Logic-RL's, is a function in `SCHEMES`. What a reply earns among others is in `group_rewards.py`.
+
+Of an open problem nothing is right: it has no accuracy and no tests, and the other rules are paid by weight under every
+scheme. What its reply is worth, a preference model says (`judges.py`).
 """
 
 from __future__ import annotations
@@ -46,7 +49,12 @@ class CosineLength(Config):
 
 
 class RewardWeights(Config):
-    """How the rules add up. R1-Zero: accuracy + format; R1's reasoning stage adds language consistency."""
+    """How the rules add up. R1-Zero: accuracy + format; R1's reasoning stage adds language consistency.
+
+    Most losses normalise rewards within a question's group, so an open question counts as much as any other whatever
+    its weights: they hold points against format, language and penalties of the same replies. dr_grpo, rloo and ppo do
+    not: there `preference` also says how much open questions count beside right answers.
+    """
 
     scheme: Scheme = Field(
         "weighted",
@@ -59,7 +67,10 @@ class RewardWeights(Config):
     format: float = Field(0.2, ge=0, title="Format", description="weight of a well-formed reply")
     language: float = Field(0.0, ge=0, title="Language", description="weight of the share of target-language words")
     preference: float = Field(
-        0.0, ge=0, title="Preference", description="What a point of the reward model is worth, if one is given"
+        0.0,
+        ge=0,
+        title="Preference",
+        description="What a point of the reward model is worth; of general prompts alone, if given",
     )
     tests: float = Field(0.0, ge=0, title="Tests", description="weight of the share of tests that a program passes")
     brevity: float = Field(
@@ -96,7 +107,7 @@ class Judged:
 @dataclasses.dataclass(frozen=True)
 class Score:
     """What the rules say of one reply: `rules` by name, each in [0, 1] (a preference model's points have no bounds),
-    `reward`, what they are paid, and the `reason` why its answer is wrong ("" if it is right)."""
+    `reward`, what they are paid, and the `reason` why its answer is wrong ("" if it is right, or none can be)."""
 
     reward: float
     rules: Mapping[str, float]
@@ -213,12 +224,14 @@ PENALTIES: dict[str, Callable[[Judged, RewardWeights], float]] = {
     ),
 }
 RULES = (*REWARDS, *PENALTIES)
+OF_ANSWERS = ("accuracy", "tests")  # rules that an open problem does not have
+NO_VERDICT = Verdict(False, 0.0, "")  # what its replies get instead
 JUDGED = ("preference", "process")  # what models say of a reply (`judges.py`), where there are any
 
 
 def weighted(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) -> float:
     """Every rule by its weight."""
-    return sum(getattr(weights, name) * rules[name] for name in REWARDS)
+    return sum(getattr(weights, name) * rules[name] for name in REWARDS if name in rules)
 
 
 def logic_rl(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) -> float:
@@ -269,8 +282,10 @@ def score(
     max_tokens: int = 0,
 ) -> Score:
     """Judge one reply that ended by itself (`finished`) or not. `language`: the target; None: the problem's own."""
-    verdict = verdict_on(problem, text, every_test=weights.tests > 0)
+    verdict = NO_VERDICT if problem.open else verdict_on(problem, text, every_test=weights.tests > 0)
     reply = Judged(problem, text, verdict, finished, language or problem.language, tokens, max_tokens)
-    rules = {name: rule(reply, weights) for name, rule in (REWARDS | PENALTIES).items()}
+    asked = [name for name in RULES if not (problem.open and name in OF_ANSWERS)]
+    rules = {name: (REWARDS | PENALTIES)[name](reply, weights) for name in asked}
+    pay = weighted if problem.open else SCHEMES[weights.scheme]
     lost = sum(getattr(weights, name) * rules[name] for name in PENALTIES)
-    return Score(SCHEMES[weights.scheme](reply, rules, weights) - lost, rules, verdict.reason)
+    return Score(pay(reply, rules, weights) - lost, rules, verdict.reason)

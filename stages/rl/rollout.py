@@ -24,7 +24,7 @@ from stages.problems.problem import Problem
 from stages.rl.rewards import JUDGED, RULES, Score
 
 FILES = "rollouts-*.parquet"
-# What is said of a reply → its column. None where nothing was said: no model judged it.
+# What is said of a reply → its column. None where nothing was said: no model judged it, or its problem is open.
 COLUMNS = {name: "language_consistency" if name == "language" else name for name in (*RULES, *JUDGED)}
 SCHEMA = pa.schema(
     [

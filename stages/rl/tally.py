@@ -25,10 +25,13 @@ class Tally:
 
     def __init__(self, languages: Sequence[str], judged: Sequence[str] = (), critic: bool = False) -> None:
         self._languages = tuple(languages)
-        self._said = ("reward", *RULES, *judged, *emergence.MEASURES, "finished")
+        self._said = ("reward", *emergence.MEASURES, "finished")
+        self._rules = (*RULES, *judged)
         self._learned = (*LEARNED, "value_loss") if critic else LEARNED
-        by_language = [f"{what}_{language}" for language in languages for what in ("replies", "accuracy", "language")]
-        self._sums = dict.fromkeys((*self._said, *EXPLORED, *self._learned, *by_language), 0.0)
+        counts = ("replies", "verified", "accuracy", "language")
+        by_language = [f"{what}_{language}" for language in languages for what in counts]
+        by_rule = [f"{what}{rule}" for rule in self._rules for what in ("", "with_")]  # sums, replies that they judge
+        self._sums = dict.fromkeys((*self._said, *by_rule, *EXPLORED, *self._learned, *by_language), 0.0)
         self._peaks = dict.fromkeys(PEAKS, 0.0)
 
     def add(self, **amounts: float) -> None:
@@ -47,11 +50,14 @@ class Tally:
             self.add(replies=1, tokens=len(rollout.tokens), finished=rollout.finished, reward=verdict.reward)
             self.add(surprise=-sum(rollout.logprobs))
             self.add(**verdict.rules, **emergence.measure(chain_of(rollout.text)))
-            self.add(**{f"replies_{language}": 1, f"accuracy_{language}": verdict.accuracy})
-            self.add(**{f"language_{language}": verdict.language})
+            self.add(**{f"with_{name}": 1 for name in verdict.rules})
+            self.add(**{f"replies_{language}": 1, f"language_{language}": verdict.language})
+            if not rollout.problem.open:
+                self.add(**{f"verified_{language}": 1, f"accuracy_{language}": verdict.accuracy})
 
     def reduce(self, ranks: Ranks) -> dict[str, float]:
-        """The step's row: means over replies or tokens, maxima, and the plain sums `flops` and `reply_tokens`."""
+        """The step's row: means over replies (a rule's over those that it judges) or tokens, maxima, and the plain sums
+        `flops` and `reply_tokens`."""
         sums = torch.tensor(list(self._sums.values()), dtype=torch.float64, device=ranks.device)
         peaks = torch.tensor(list(self._peaks.values()), dtype=torch.float64, device=ranks.device)
         if ranks.world > 1:
@@ -63,8 +69,9 @@ class Tally:
             return total[name] / max(total[of], 1.0)
 
         row = {name: share(name, "replies") for name in self._said}
+        row |= {name: share(name, f"with_{name}") for name in self._rules}
         for language in self._languages:
-            row[f"accuracy_{language}"] = share(f"accuracy_{language}", f"replies_{language}")
+            row[f"accuracy_{language}"] = share(f"accuracy_{language}", f"verified_{language}")
             row[f"language_{language}"] = share(f"language_{language}", f"replies_{language}")
         return row | {
             "length": share("tokens", "replies"),

@@ -66,12 +66,17 @@ class SupervisedConfig(Optimization):
         return self
 
 
-def read_conversations(directory: Path) -> list[Conversation]:
-    """Every row of a conversations artifact."""
+def conversation_rows(directory: Path) -> list[dict[str, Any]]:
+    """Every row of a conversations artifact, as `CONVERSATIONS` has it. InputError if there is none."""
     paths = sorted(directory.glob("conversations-*.parquet"))
     if not paths:
         raise InputError(f"{directory} holds no conversations-*.parquet: give a conversations artifact")
-    rows = [row for path in paths for row in pq.read_table(path).to_pylist()]
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+def read_conversations(directory: Path) -> list[Conversation]:
+    """The conversations of an artifact. InputError if there is none."""
+    rows = conversation_rows(directory)
     return [Conversation(json.loads(row["messages"]), json.loads(row.get("tools") or "[]")) for row in rows]
 
 
