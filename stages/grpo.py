@@ -23,6 +23,7 @@ from stages.problems.problem import Language, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl import emergence
 from stages.rl.algorithms import ALGORITHMS, AlgorithmName
+from stages.rl.credit import StepCredit
 from stages.rl.critic import CriticConfig
 from stages.rl.engines import EngineName
 from stages.rl.learner import ROLLOUTS, GrpoJob, learn
@@ -74,6 +75,12 @@ class GrpoConfig(Config):
         "outcome",
         title="Supervision",
         description="process: steps are rewarded too, by a process reward model; alone where rewards has no weights",
+    )
+    step_credit: StepCredit = Field(
+        "sum",
+        title="Step credit",
+        description="Of supervision process. sum: a token is given the scores of all steps to come (DeepSeekMath); "
+        "progress: what its own step changed of the score",
     )
     critic: CriticConfig = Field(CriticConfig(), title="Critic", description="Of loss ppo")
     staleness: Literal[0, 1] = Field(
@@ -132,6 +139,8 @@ class GrpoConfig(Config):
             raise ValueError("loss=online_rft learns whole replies: leave supervision at outcome")
         if self.loss == "ppo" and self.dynamic_sampling:
             raise ValueError("loss=ppo learns without contrast in a group too: leave dynamic_sampling at 0")
+        if self.step_credit != "sum" and self.supervision == "outcome":
+            raise ValueError(f"step_credit={self.step_credit} is for steps: set supervision to process")
         if self.critic != CriticConfig() and self.loss != "ppo":
             raise ValueError(f"critic is set, but loss={self.loss} has none: set loss to ppo")
         return self
