@@ -82,6 +82,9 @@ class GrpoConfig(Config):
         description="Of supervision process. sum: a token is given the scores of all steps to come (DeepSeekMath); "
         "progress: what its own step changed of the score",
     )
+    progress_weight: float = Field(
+        2.5, gt=0, title="Progress weight", description="α of step_credit progress, in advantages of the outcome"
+    )
     critic: CriticConfig = Field(CriticConfig(), title="Critic", description="Of loss ppo")
     staleness: Literal[0, 1] = Field(
         0, title="Staleness", description="1: replies are generated while the update before is learnt, by older weights"
@@ -141,6 +144,8 @@ class GrpoConfig(Config):
             raise ValueError("loss=ppo learns without contrast in a group too: leave dynamic_sampling at 0")
         if self.step_credit != "sum" and self.supervision == "outcome":
             raise ValueError(f"step_credit={self.step_credit} is for steps: set supervision to process")
+        if self.progress_weight != 2.5 and self.step_credit != "progress":
+            raise ValueError("progress_weight is set, but nothing is credited by progress: set step_credit to progress")
         if self.critic != CriticConfig() and self.loss != "ppo":
             raise ValueError(f"critic is set, but loss={self.loss} has none: set loss to ppo")
         return self

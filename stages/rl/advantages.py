@@ -70,17 +70,13 @@ def progress(values_PGT: torch.Tensor, ends_PGT: torch.Tensor) -> torch.Tensor:
     return torch.where(ends_PGT, values_PGT - before_PGT, 0.0)
 
 
-def step_supervised(rewards_PGT: torch.Tensor, ends_PGT: torch.Tensor) -> torch.Tensor:
-    """A of a token = the reward of the step that it is in, over the root mean square of the group's steps.
+def own_step(rewards_PGT: torch.Tensor, ends_PGT: torch.Tensor) -> torch.Tensor:
+    """To each token the reward of the step that it is in, which stands where the step ends.
 
-    A reward stands where its step ends, as for `process_supervised`. The scale is that of normalised rewards; they are
-    not centred, for progress is a difference already. [P, G, T]; 0 behind the last step.
+    Progress is not normalised: a group in which the model sees hardly any would be its noise, made as large as any
+    other's verdict. [P, G, T]; 0 behind the last step.
     """
-    ends_PGT = ends_PGT.to(rewards_PGT.dtype)
-    steps_P11 = ends_PGT.sum(dim=(1, 2), keepdim=True).clamp(min=1)
-    rms_P11 = ((rewards_PGT * ends_PGT).square().sum(dim=(1, 2), keepdim=True) / steps_P11).sqrt()
-    scaled_PGT = torch.where(rms_P11 <= TOLERANCE, 0.0, rewards_PGT / rms_P11.clamp(min=TOLERANCE)) * ends_PGT
     length = rewards_PGT.shape[-1]
-    ending_PGT = torch.where(ends_PGT > 0, torch.arange(length), length)
+    ending_PGT = torch.where(ends_PGT.bool(), torch.arange(length), length)
     own_PGT = ending_PGT.flip(-1).cummin(-1).values.flip(-1)  # where the step that a token is in ends
-    return torch.where(own_PGT < length, scaled_PGT.gather(-1, own_PGT.clamp(max=length - 1)), 0.0)
+    return torch.where(own_PGT < length, rewards_PGT.gather(-1, own_PGT.clamp(max=length - 1)), 0.0)

@@ -13,9 +13,9 @@ from stages.rl.advantages import (
     group_centred,
     group_normalised,
     leave_one_out,
+    own_step,
     process_supervised,
     progress,
-    step_supervised,
     without_contrast,
 )
 from stages.rl.algorithms import ALGORITHMS, dpo_coefficient, grpo_coefficient, rewarded, unified_loss
@@ -167,11 +167,9 @@ def test_progress_is_what_a_step_changes_of_the_value_and_sums_up_to_the_last():
     torch.testing.assert_close(progress(values_PGT, ends_PGT), expected, rtol=1e-15, atol=0)
     torch.testing.assert_close(progress(values_PGT, ends_PGT).sum(-1), table([[0.5, -0.25, -0.5]]))
     assert (progress(values_PGT, torch.zeros(1, 3, 5)) == 0).all()
-    rms = math.sqrt((0.25 + 0.0625 + 0.0625 + 0.5625) / 5)
-    spread = table([[[0, 0, 0.5, 0.5, 0], [-0.25, -0.25, -0.25, 0, 0], [0.25, -0.75, -0.75, -0.75, 0]]]) / rms
-    torch.testing.assert_close(step_supervised(expected, ends_PGT), spread, rtol=1e-14, atol=0)
-    assert (step_supervised(torch.zeros(1, 3, 5), ends_PGT) == 0).all()
-    assert (step_supervised(expected, torch.zeros(1, 3, 5)) == 0).all()
+    spread = table([[[0, 0, 0.5, 0.5, 0], [-0.25, -0.25, -0.25, 0, 0], [0.25, -0.75, -0.75, -0.75, 0]]])
+    torch.testing.assert_close(own_step(expected, ends_PGT), spread, rtol=1e-15, atol=0)
+    assert (own_step(expected, torch.zeros(1, 3, 5)) == 0).all()
 
 
 def test_with_one_step_a_reply_process_supervision_is_outcome_supervision():

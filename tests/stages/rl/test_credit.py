@@ -48,17 +48,11 @@ def test_with_weights_on_the_outcome_its_advantage_comes_on_top():
 def test_progress_gives_each_token_what_its_own_step_changed_up_to_the_verdict():
     # A right reply, whose last step the model scores low, and a wrong one, whose last step it scores high.
     group = [rollout(1.0, 4, ((1, 0.75), (3, 0.1)), 1.0), rollout(0.0, 3, ((0, 0.25), (2, 0.9)))]
-    # Before the first step (0.75 + 0.25) / 2: progress 0.25, 1 − 0.75 and −0.25, 0 − 0.25, of root mean square 0.25.
-    assert token_advantages(group, 2, GRPO, "progress") == [[2.0] * 4, [-2.0] * 3]
+    # Before the first step (0.75 + 0.25) / 2: progress 0.25, 1 − 0.75 and −0.25, 0 − 0.25; the outcome's are ±1.
+    assert token_advantages(group, 2, GRPO, "progress", 2.0) == [[1.5] * 4, [-1.5] * 3]
     silent = [rollout(0.0, 2), *[rollout(0.0, 4, ((1, 0.5), (3, 0.5)))] * 2, rollout(0.0, 1)]
-    unit = 1 / math.sqrt(0.125)  # of 0, −0.5, 0, −0.5: the mean square is 0.125
-    late = [0.0, 0.0, -0.5 * unit, -0.5 * unit]
-    assert token_advantages(silent, 4, GRPO, "progress") == [
-        [0.0, 0.0],
-        pytest.approx(late),
-        pytest.approx(late),
-        [0.0],
-    ]
+    late = [0.0, 0.0, -0.5, -0.5]
+    assert token_advantages(silent, 4, GRPO, "progress") == [[0.0, 0.0], late, late, [0.0]]
 
 
 def test_many_steps_are_worth_more_by_sum_and_no_more_by_progress():
@@ -75,6 +69,7 @@ def test_a_critic_is_told_what_a_token_earns():
     replies = [rollout(2.0, 4, ((1, 0.5), (3, 0.25)), 1.0), rollout(1.0, 1)]
     assert token_rewards(replies, 2) == [[0, 0.5, 0, 2.25], [1.0]]
     assert token_rewards(replies, 2, "progress") == [[0, 0.0, 0, 2.5], [1.0]]
+    assert token_rewards(replies, 2, "progress", 3.0) == [[0, 0.0, 0, 3.5], [1.0]]
 
 
 @pytest.mark.parametrize(
