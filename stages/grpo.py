@@ -144,7 +144,8 @@ class GrpoConfig(Config):
             raise ValueError("loss=ppo learns without contrast in a group too: leave dynamic_sampling at 0")
         if self.step_credit != "sum" and self.supervision == "outcome":
             raise ValueError(f"step_credit={self.step_credit} is for steps: set supervision to process")
-        if self.progress_weight != 2.5 and self.step_credit != "progress":
+        own = type(self).model_fields["progress_weight"].default
+        if self.progress_weight != own and self.step_credit != "progress":
             raise ValueError("progress_weight is set, but nothing is credited by progress: set step_credit to progress")
         if self.critic != CriticConfig() and self.loss != "ppo":
             raise ValueError(f"critic is set, but loss={self.loss} has none: set loss to ppo")

@@ -115,6 +115,8 @@ def test_reward_models_and_what_asks_for_them_go_together(inputs, bandit_base, t
 def test_step_credit_is_refused_where_no_steps_are_rewarded():
     with pytest.raises(ConfigError, match="step_credit=progress is for steps: set supervision to process"):
         GrpoConfig.parse({"step_credit": "progress"})
+    with pytest.raises(ConfigError, match="progress_weight is set, but nothing is credited by progress"):
+        GrpoConfig.parse({"supervision": "process", "progress_weight": 1.0})
 
 
 def test_chunks_must_fill_a_step():
