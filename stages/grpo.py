@@ -24,6 +24,7 @@ from stages.problems.problem import Language, Problem, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl import emergence
 from stages.rl.algorithms import ALGORITHMS, AlgorithmName
+from stages.rl.credit import StepCredit
 from stages.rl.critic import CriticConfig
 from stages.rl.engines import EngineName
 from stages.rl.general import open_problems
@@ -82,6 +83,15 @@ class GrpoConfig(Config):
         title="Supervision",
         description="process: steps are rewarded too, by a process reward model; alone where rewards has no weights",
     )
+    step_credit: StepCredit = Field(
+        "sum",
+        title="Step credit",
+        description="Of supervision process. sum: a token is given the scores of all steps to come (DeepSeekMath); "
+        "progress: what its own step changed of the score",
+    )
+    progress_weight: float = Field(
+        2.5, gt=0, title="Progress weight", description="α of step_credit progress, in advantages of the outcome"
+    )
     critic: CriticConfig = Field(CriticConfig(), title="Critic", description="Of loss ppo")
     staleness: Literal[0, 1] = Field(
         0, title="Staleness", description="1: replies are generated while the update before is learnt, by older weights"
@@ -139,6 +149,11 @@ class GrpoConfig(Config):
             raise ValueError("loss=online_rft learns whole replies: leave supervision at outcome")
         if self.loss == "ppo" and self.dynamic_sampling:
             raise ValueError("loss=ppo learns without contrast in a group too: leave dynamic_sampling at 0")
+        if self.step_credit != "sum" and self.supervision == "outcome":
+            raise ValueError(f"step_credit={self.step_credit} is for steps: set supervision to process")
+        own = type(self).model_fields["progress_weight"].default
+        if self.progress_weight != own and self.step_credit != "progress":
+            raise ValueError("progress_weight is set, but nothing is credited by progress: set step_credit to progress")
         if self.critic != CriticConfig() and self.loss != "ppo":
             raise ValueError(f"critic is set, but loss={self.loss} has none: set loss to ppo")
         return self

@@ -11,7 +11,8 @@ of each part after every seed.
 gain      GRPO over its cold start: pass@1, and the rise of Maj@16 less that of Pass@16.
 language  GRPO with and without the language reward (summed with accuracy as it is, as R1 does), from a start that was
           taught chains of mixed language.
-process   GRPO with process supervision, by a model of the start's own steps, over GRPO with outcome supervision.
+process   GRPO with process supervision, by a model of the start's own steps, over GRPO with outcome supervision: by the
+          progress of each step, and by DeepSeekMath's sum of the steps to come.
 distil    the distilled student over the same student by GRPO alone.
 """
 
@@ -72,12 +73,18 @@ PROCESS = LINE.branch(
     Node("step_replies", "sample", {"checkpoint": "cold_start", "problems": "generate_problems"}),
     Node("step_labels", "label_steps", {"checkpoint": "cold_start", "rollouts": "step_replies"}),
     Node("step_model", "train_process_reward_model", {"checkpoint": "cold_start", "rollouts": "step_labels"}),
-    Node(
-        "process_rl",
-        "grpo",
-        {"checkpoint": "cold_start", "problems": "generate_problems", "process_reward_model": "step_model"},
+    *(
+        Node(
+            name,
+            "grpo",
+            {"checkpoint": "cold_start", "problems": "generate_problems", "process_reward_model": "step_model"},
+        )
+        for name in ("progress_rl", "sum_rl")
     ),
-    Node("evaluate_process_rl", "evaluate", {"checkpoint": "process_rl", "problems": "generate_problems"}),
+    *(
+        Node(f"evaluate_{name}", "evaluate", {"checkpoint": name, "problems": "generate_problems"})
+        for name in ("progress_rl", "sum_rl")
+    ),
     LINE.node("evaluate_reasoning_rl"),
 )
 
@@ -136,9 +143,12 @@ def language(graph: Graph) -> Iterable[Row]:
 
 
 def process(graph: Graph) -> Iterable[Row]:
-    nodes = ("evaluate_process_rl", "evaluate_reasoning_rl")
-    verdict = graph.judge(Claim(left="process_rl", right="reasoning_rl"), *nodes)
-    yield row("process over outcome supervision, pass@1", verdict) | {"note": verdict.note}
+    for name, case in (
+        ("progress_rl", "process over outcome supervision, pass@1"),
+        ("sum_rl", "process over outcome supervision, pass@1, by the sum of the steps to come"),
+    ):
+        verdict = graph.judge(Claim(left=name, right="reasoning_rl"), f"evaluate_{name}", "evaluate_reasoning_rl")
+        yield row(case, verdict) | {"note": verdict.note}
 
 
 def distil(graph: Graph) -> Iterable[Row]:
@@ -216,15 +226,17 @@ def widened(recipe: Recipe, folder: Path) -> Recipe:
     rewards = {**rl["rewards"], "language": 0.0}
     evaluations = {
         f"evaluate_{name}": {**own["evaluate_reasoning_rl"], "name": name}
-        for name in ("mixed_start", "plain_rl", "language_rl")
+        for name in ("mixed_start", "plain_rl", "language_rl", "progress_rl", "sum_rl")
     }
     reply = {"max_new_tokens": rl["max_new_tokens"]}
     more = {
-        "step_replies": {"problems": {"limit": 400}, "samples": 4, **reply},
-        "step_labels": {"max_replies": 800, **reply},
-        "step_model": {name: value for name, value in own["reward_model_1"].items() if name != "target"},
-        "process_rl": {**rl, "name": "process_rl", "supervision": "process"},
-        "evaluate_process_rl": {**own["evaluate_reasoning_rl"], "name": "process_rl"},
+        # Of 800 replies a model learnt which problems are hard, and nothing of the replies (benchmarks/LOG.md).
+        "step_replies": {"problems": {"limit": 2000}, "samples": 4, **reply},
+        "step_labels": {"max_replies": 5000, **reply},
+        "step_model": {name: value for name, value in own["reward_model_1"].items() if name != "target"}
+        | {"epochs": 3.0},
+        "progress_rl": {**rl, "name": "progress_rl", "supervision": "process", "step_credit": "progress"},
+        "sum_rl": {**rl, "name": "sum_rl", "supervision": "process", "step_credit": "sum"},
         "mixed": {"source": source},
         "mixed_start": own["cold_start"],
         "plain_rl": {**rl, "name": "plain_rl", "rewards": rewards},

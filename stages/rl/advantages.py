@@ -50,3 +50,33 @@ def process_supervised(rewards_PGT: torch.Tensor, ends_PGT: torch.Tensor) -> tor
     std_P11 = (centred_PGT.square().sum(dim=(1, 2), keepdim=True) / steps_P11).sqrt()
     normalised_PGT = torch.where(std_P11 <= TOLERANCE, 0.0, centred_PGT / std_P11.clamp(min=TOLERANCE))
     return normalised_PGT.flip(-1).cumsum(-1).flip(-1)
+
+
+def progress(values_PGT: torch.Tensor, ends_PGT: torch.Tensor) -> torch.Tensor:
+    """What each step changes of the value (Setlur et al. 2024, Rewarding Progress, 2410.08146, section 3).
+
+    A value is how likely a right answer is after a step, and stands where the step ends, where `ends_PGT` is 1. Before
+    the first step it is the mean over the group of what it is after a first step. [P, G, T]; 0 where no step ends.
+    """
+    ends_PGT = ends_PGT.bool()
+    places_T = torch.arange(values_PGT.shape[-1])
+    number_PGT = ends_PGT.cumsum(-1)  # of steps that have ended
+    replies_P1 = ends_PGT.any(-1).sum(-1, keepdim=True).clamp(min=1)
+    start_P1 = (values_PGT * (ends_PGT & (number_PGT == 1))).sum(dim=(1, 2))[:, None] / replies_P1
+    last_PGT = torch.where(ends_PGT, places_T, -1).cummax(-1).values.roll(1, -1)  # where the step before ends
+    last_PGT[..., 0] = -1
+    before_PGT = values_PGT.gather(-1, last_PGT.clamp(min=0))
+    before_PGT = torch.where(last_PGT < 0, start_P1[..., None], before_PGT)
+    return torch.where(ends_PGT, values_PGT - before_PGT, 0.0)
+
+
+def own_step(rewards_PGT: torch.Tensor, ends_PGT: torch.Tensor) -> torch.Tensor:
+    """To each token the reward of the step that it is in, which stands where the step ends.
+
+    Progress is not normalised: a group in which the model sees hardly any would be its noise, made as large as any
+    other's verdict. [P, G, T]; 0 behind the last step.
+    """
+    length = rewards_PGT.shape[-1]
+    ending_PGT = torch.where(ends_PGT.bool(), torch.arange(length), length)
+    own_PGT = ending_PGT.flip(-1).cummin(-1).values.flip(-1)  # where the step that a token is in ends
+    return torch.where(own_PGT < length, rewards_PGT.gather(-1, own_PGT.clamp(max=length - 1)), 0.0)

@@ -13,6 +13,7 @@ An algorithm is a data source D, a reward and a gradient coefficient GC:
 | PPO             | q of it, o ~ π               | model or rule | A_t of `critic.gae`                         |
 | GRPO, outcome   | q of it, G replies o_i ~ π   | model or rule | `grpo_coefficient` of `group_normalised`    |
 | GRPO, process   | the same                     | of each step  | `grpo_coefficient` of `process_supervised`  |
+| GRPO, progress  | the same                     | change by it  | `grpo_coefficient`, plus α `progress`       |
 | GRPO, iterative | the same, π_ref renewed      | retrained     | the same                                    |
 
 Offline sources are stages of their own: SFT is `sft`, RFT is `rejection_sample` and then `sft`. What samples from π is

@@ -241,9 +241,11 @@ class Learner:
         Without an advantage (all of a group without contrast) a reply has no policy gradient, only its KL term: leaving
         it out saves its forward and backward, and costs that pull towards the reference.
         """
+        config = self.config
+        by_step = config.step_credit, config.progress_weight
         if self.critic:
-            return list(zip(rollouts, token_rewards(rollouts), strict=True))
-        advantages = token_advantages(rollouts, self.config.group_size, ALGORITHMS[self.config.loss])
+            return list(zip(rollouts, token_rewards(rollouts, config.group_size, *by_step), strict=True))
+        advantages = token_advantages(rollouts, config.group_size, ALGORITHMS[config.loss], *by_step)
         return [(rollout, row) for rollout, row in zip(rollouts, advantages, strict=True) if any(row)]
 
     def counts(self, rollouts: list[Rollout], flat_P: torch.Tensor) -> list[float]:

@@ -22,10 +22,11 @@ def test_the_graphs_of_all_parts_fit_the_recipe(tmp_path: Path) -> None:
     for pipeline in (MIXED, PROCESS):
         pipeline.check()
     steps: Any = recipe.resolve(PROCESS)
-    assert steps["process_rl"].supervision == "process"
-    differing = {"name", "supervision"}
-    outcome, process = (steps[name].model_dump(exclude=differing) for name in ("reasoning_rl", "process_rl"))
-    assert outcome == process
+    forms = {name: (steps[name].supervision, steps[name].step_credit) for name in ("progress_rl", "sum_rl")}
+    assert forms == {"progress_rl": ("process", "progress"), "sum_rl": ("process", "sum")}
+    differing = {"name", "supervision", "step_credit"}
+    outcome, *others = (steps[name].model_dump(exclude=differing) for name in ("reasoning_rl", *forms))
+    assert others == [outcome, outcome]
     configs = recipe.resolve(MIXED)
     assert configs["plain_rl"].rewards.language == 0  # type: ignore[attr-defined]
     assert configs["language_rl"].rewards.language == 1  # type: ignore[attr-defined]

@@ -112,6 +112,13 @@ def test_reward_models_and_what_asks_for_them_go_together(inputs, bandit_base, t
             grpo(GrpoConfig.parse(config), inputs | given, Context.local(tmp_path / "run"))
 
 
+def test_step_credit_is_refused_where_no_steps_are_rewarded():
+    with pytest.raises(ConfigError, match="step_credit=progress is for steps: set supervision to process"):
+        GrpoConfig.parse({"step_credit": "progress"})
+    with pytest.raises(ConfigError, match="progress_weight is set, but nothing is credited by progress"):
+        GrpoConfig.parse({"supervision": "process", "progress_weight": 1.0})
+
+
 def test_chunks_must_fill_a_step():
     with pytest.raises(ConfigError, match="rollout_groups"):
         GrpoConfig.parse({"groups_per_step": 6, "rollout_groups": 4})

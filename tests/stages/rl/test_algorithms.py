@@ -9,7 +9,15 @@ import math
 import pytest
 import torch
 
-from stages.rl.advantages import group_centred, group_normalised, leave_one_out, process_supervised, without_contrast
+from stages.rl.advantages import (
+    group_centred,
+    group_normalised,
+    leave_one_out,
+    own_step,
+    process_supervised,
+    progress,
+    without_contrast,
+)
 from stages.rl.algorithms import ALGORITHMS, dpo_coefficient, grpo_coefficient, rewarded, unified_loss
 from stages.rl.critic import gae, token_rewards, value_loss
 from stages.rl.mismatch import truncated_importance
@@ -149,6 +157,19 @@ def test_process_supervision_sums_the_normalised_rewards_of_the_steps_from_there
     torch.testing.assert_close(process_supervised(rewards_PGT, ends_PGT), expected, rtol=1e-14, atol=0)
     assert (process_supervised(torch.ones(1, 2, 4), ends_PGT) == 0).all()
     assert (process_supervised(rewards_PGT, torch.zeros(1, 2, 4)) == 0).all()
+
+
+def test_progress_is_what_a_step_changes_of_the_value_and_sums_up_to_the_last():
+    values_PGT = table([[[9, 0.5, 9, 1, 9], [9, 9, 0.25, 9, 9], [0.75, 9, 9, 0, 9]]])
+    ends_PGT = torch.tensor([[[0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [1, 0, 0, 1, 0]]])
+    # Before the first steps: (0.5 + 0.25 + 0.75) / 3 = 0.5.
+    expected = table([[[0, 0, 0, 0.5, 0], [0, 0, -0.25, 0, 0], [0.25, 0, 0, -0.75, 0]]])
+    torch.testing.assert_close(progress(values_PGT, ends_PGT), expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(progress(values_PGT, ends_PGT).sum(-1), table([[0.5, -0.25, -0.5]]))
+    assert (progress(values_PGT, torch.zeros(1, 3, 5)) == 0).all()
+    spread = table([[[0, 0, 0.5, 0.5, 0], [-0.25, -0.25, -0.25, 0, 0], [0.25, -0.75, -0.75, -0.75, 0]]])
+    torch.testing.assert_close(own_step(expected, ends_PGT), spread, rtol=1e-15, atol=0)
+    assert (own_step(expected, torch.zeros(1, 3, 5)) == 0).all()
 
 
 def test_with_one_step_a_reply_process_supervision_is_outcome_supervision():

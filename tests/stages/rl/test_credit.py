@@ -15,8 +15,8 @@ from stages.tokens.bpe import train
 GRPO = ALGORITHMS["grpo"]
 
 
-def rollout(reward, length=4, steps=()):
-    return Rollout(None, [1], list(range(length)), [0.0] * length, True, "", Score(reward, {}), steps)
+def rollout(reward, length=4, steps=(), right=0.0):
+    return Rollout(None, [1], list(range(length)), [0.0] * length, True, "", Score(reward, {"accuracy": right}), steps)
 
 
 def test_outcome_supervision_gives_every_token_of_a_reply_its_replys_advantage():
@@ -45,8 +45,31 @@ def test_with_weights_on_the_outcome_its_advantage_comes_on_top():
     assert given == [pytest.approx([a + 1 for a in alone[0]]), pytest.approx([a - 1 for a in alone[1]])]
 
 
+def test_progress_gives_each_token_what_its_own_step_changed_up_to_the_verdict():
+    # A right reply, whose last step the model scores low, and a wrong one, whose last step it scores high.
+    group = [rollout(1.0, 4, ((1, 0.75), (3, 0.1)), 1.0), rollout(0.0, 3, ((0, 0.25), (2, 0.9)))]
+    # Before the first step (0.75 + 0.25) / 2: progress 0.25, 1 − 0.75 and −0.25, 0 − 0.25; the outcome's are ±1.
+    assert token_advantages(group, 2, GRPO, "progress", 2.0) == [[1.5] * 4, [-1.5] * 3]
+    silent = [rollout(0.0, 2), *[rollout(0.0, 4, ((1, 0.5), (3, 0.5)))] * 2, rollout(0.0, 1)]
+    late = [0.0, 0.0, -0.5, -0.5]
+    assert token_advantages(silent, 4, GRPO, "progress") == [[0.0, 0.0], late, late, [0.0]]
+
+
+def test_many_steps_are_worth_more_by_sum_and_no_more_by_progress():
+    """Two wrong replies, both scored 0.6 throughout, of two steps and of six, beside one scored 0.2."""
+    two, six = (rollout(0.0, 6, tuple((end, 0.6) for end in range(5 - n + 1, 6))) for n in (2, 6))
+    group = [two, six, rollout(0.0, 6, ((2, 0.2), (5, 0.2)))]
+    by_sum, by_progress = (token_advantages(group, 3, GRPO, credit) for credit in ("sum", "progress"))
+    assert by_sum[1][0] == pytest.approx(3 * by_sum[0][0])
+    assert by_progress[1][0] == by_progress[0][0]
+    assert by_progress[1][1:5] == [0.0] * 4
+
+
 def test_a_critic_is_told_what_a_token_earns():
-    assert token_rewards([rollout(2.0, 4, ((1, 0.5), (3, 0.25))), rollout(1.0, 1)]) == [[0, 0.5, 0, 2.25], [1.0]]
+    replies = [rollout(2.0, 4, ((1, 0.5), (3, 0.25)), 1.0), rollout(1.0, 1)]
+    assert token_rewards(replies, 2) == [[0, 0.5, 0, 2.25], [1.0]]
+    assert token_rewards(replies, 2, "progress") == [[0, 0.0, 0, 2.5], [1.0]]
+    assert token_rewards(replies, 2, "progress", 3.0) == [[0, 0.0, 0, 3.5], [1.0]]
 
 
 @pytest.mark.parametrize(
