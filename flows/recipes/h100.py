@@ -42,7 +42,7 @@ RL = {
     "importance_cap": 2.0,  # decoding and learning round otherwise
     **ROLLOUT,
 }
-# Round by round, and the reward model alone says what is good (DeepSeekMath, section 4.1.4).
+# Round by round, the verifier paid beside the reward model, for the reason in `tiny`.
 ROUND = {
     "preferences": {"judge": "accuracy", "pairs_per_problem": 4},
     "reward_model": {
@@ -51,7 +51,7 @@ ROUND = {
     },
     "iterative_rl": {
         **{"name": "iterative_rl", "steps": 100, **RL},
-        "rewards": {"accuracy": 0.0, "format": 0.1, "preference": 1.0},
+        "rewards": {"accuracy": 1.0, "format": 0.1, "preference": 0.2},
         "kl_coefficient": 0.04,
     },
 }
