@@ -40,8 +40,8 @@ GRPO = {
 
 ZERO = {"rewards": {"accuracy": 1.0, "format": 0.1}}  # R1-Zero has no language reward (DeepSeek-R1, section 2.2)
 
-# Round by round (DeepSeekMath, section 4.1.4). There the reward model alone says what is good; at this size it was hacked
-# until hardly a reply was right (benchmarks/LOG.md, 2026-11-26), so the verifier is paid beside it.
+# Round by round (DeepSeekMath, section 4.1.4). There the reward model alone says what is good; at this size it was
+# hacked until hardly a reply was right (benchmarks/LOG.md, 2026-11-26), so the verifier is paid beside it.
 ROUND = {
     "preferences": {"judge": "accuracy", "pairs_per_problem": 2},
     "reward_model": {
