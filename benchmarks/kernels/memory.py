@@ -115,7 +115,7 @@ def fused_norms(n: int, d: int, peers: Any) -> Iterator[Case]:
 
     case.add("unfused", one_by_one)
     if peers:
-        # Y and S, in this order; the sum is what is compared.
+        # It gives the norm, then the sum, then more: turned round, as ours are.
         case.add("liger", lambda: peers[1].fused_add_rms_norm_forward(x, added, low, 1e-6, 0.0, "llama")[1::-1])
     yield case
     case = Case(f"memory add, rms_norm backward {n}x{d}", "GB/s", 8.0 * n * d)

@@ -66,6 +66,8 @@ MIXED = LINE.branch(
     ),
 )
 
+CREDITED = {"progress_rl": "progress", "sum_rl": "sum"}  # by `step_credit`
+
 # The steps of the cold start's replies, labelled by its own completions, make the model that then rewards steps.
 PROCESS = LINE.branch(
     "process",
@@ -74,16 +76,16 @@ PROCESS = LINE.branch(
     Node("step_labels", "label_steps", {"checkpoint": "cold_start", "rollouts": "step_replies"}),
     Node("step_model", "train_process_reward_model", {"checkpoint": "cold_start", "rollouts": "step_labels"}),
     *(
-        Node(
-            name,
-            "grpo",
-            {"checkpoint": "cold_start", "problems": "generate_problems", "process_reward_model": "step_model"},
+        node
+        for name in CREDITED
+        for node in (
+            Node(
+                name,
+                "grpo",
+                {"checkpoint": "cold_start", "problems": "generate_problems", "process_reward_model": "step_model"},
+            ),
+            Node(f"evaluate_{name}", "evaluate", {"checkpoint": name, "problems": "generate_problems"}),
         )
-        for name in ("progress_rl", "sum_rl")
-    ),
-    *(
-        Node(f"evaluate_{name}", "evaluate", {"checkpoint": name, "problems": "generate_problems"})
-        for name in ("progress_rl", "sum_rl")
     ),
     LINE.node("evaluate_reasoning_rl"),
 )
@@ -226,7 +228,7 @@ def widened(recipe: Recipe, folder: Path) -> Recipe:
     rewards = {**rl["rewards"], "language": 0.0}
     evaluations = {
         f"evaluate_{name}": {**own["evaluate_reasoning_rl"], "name": name}
-        for name in ("mixed_start", "plain_rl", "language_rl", "progress_rl", "sum_rl")
+        for name in ("mixed_start", "plain_rl", "language_rl", *CREDITED)
     }
     reply = {"max_new_tokens": rl["max_new_tokens"]}
     more = {
@@ -235,8 +237,10 @@ def widened(recipe: Recipe, folder: Path) -> Recipe:
         "step_labels": {"max_replies": 5000, **reply},
         "step_model": {name: value for name, value in own["reward_model_1"].items() if name != "target"}
         | {"epochs": 3.0},
-        "progress_rl": {**rl, "name": "progress_rl", "supervision": "process", "step_credit": "progress"},
-        "sum_rl": {**rl, "name": "sum_rl", "supervision": "process", "step_credit": "sum"},
+        **{
+            name: {**rl, "name": name, "supervision": "process", "step_credit": credit}
+            for name, credit in CREDITED.items()
+        },
         "mixed": {"source": source},
         "mixed_start": own["cold_start"],
         "plain_rl": {**rl, "name": "plain_rl", "rewards": rewards},
