@@ -269,6 +269,7 @@ def test_replies_to_other_prompts_are_rejected_as_often_as_chosen(tmp_path):
         contrast_replies(ContrastRepliesConfig(), {"conversations": alone}, Context.local(tmp_path / "none"))
 
 
+@pytest.mark.slow
 def test_all_scenarios_from_preferences_to_an_evaluation(bandit_base, bandit_problems, tmp_path, ray_session):
     """Preferences make a reward model of general prompts, with which the policy learns from both kinds of questions."""
     questions = [f"so {n}." for n in range(12)]
