@@ -1,7 +1,8 @@
 """`fathom serve`: OpenAI's HTTP API on a checkpoint, by vLLM or by our own engine.
 
 vLLM serves what the stage `export` writes (it is run, or its artifact reused), in processes of its own with the flags
-that its version needs. Our own engine (`flows.server`) reads the checkpoint as it is.
+that its version needs. Our own engine (`flows.server`) reads the checkpoint as it is. Both compute in fp32 on CPU and
+in bf16 on CUDA, ours in float8 if asked.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from infra.errors import InputError
 from infra.settings import Settings
 from infra.stage import run
 from infra.store import ArtifactStore
+from model.float8 import use_float8
 from stages.rl.engines import vllm
 from stages.tokens.bpe import load_tokenizer
 from stages.tokens.chat_template import JINJA
@@ -44,30 +46,40 @@ def serve(
     port: int,
     engine: EngineName | None,
     speculate: bool,
+    float8: bool,
     max_batch: int,
 ) -> None:
-    """Serve until interrupted. Without an engine named: vLLM where it is installed, else ours."""
+    """Serve until interrupted. Without an engine named: ours for float8 or where vLLM is not installed, else vLLM."""
     artifact = store.check(ref)
     if artifact.kind != "checkpoint":
         raise InputError(f"{artifact.id} is a {artifact.kind}: serve needs a checkpoint")
-    chosen = engine or ("vllm" if importlib.util.find_spec("vllm") else "native")
+    if float8 and engine == "vllm":
+        raise InputError("--float8 is our own engine's: use --engine native, or serve what export --fp8 writes")
+    chosen = engine or ("vllm" if importlib.util.find_spec("vllm") and not float8 else "native")
     names = list(dict.fromkeys([ref, artifact.id]))
     console(stderr=True).print(f"{artifact.id} on http://{host}:{port}/v1, engine {chosen}; Ctrl-C ends it")
     with store.holding([artifact.id]):
         if chosen == "vllm":
             serve_vllm(store, settings, artifact, names, host, port, speculate, max_batch)
         else:
-            serve_natively(artifact, names, host, port, speculate, max_batch)
+            serve_natively(artifact, names, host, port, speculate, float8, max_batch)
 
 
-def serve_natively(artifact: Artifact, names: list[str], host: str, port: int, speculate: bool, max_batch: int) -> None:
+def serve_natively(
+    artifact: Artifact, names: list[str], host: str, port: int, speculate: bool, float8: bool, max_batch: int
+) -> None:
     import uvicorn
 
     from flows.server.app import Service, make_app
     from flows.server.engine import Engine
 
-    model = load_model(artifact.path, "cuda" if torch.cuda.is_available() else "cpu")
-    engine = Engine(model, max_batch, speculate)
+    cuda = torch.cuda.is_available()
+    model = load_model(artifact.path, "cuda" if cuda else "cpu")
+    if cuda:
+        model.in_bf16()
+    if float8:
+        use_float8(model, always=True)
+    engine = Engine(model, max_batch, speculate, "float8" if float8 and model.config.is_mla else None)
     app = make_app(Service(engine, load_tokenizer(artifact.path), names))
     uvicorn.run(app, host=host, port=port, log_level="warning")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +156,7 @@ class Transformer(nn.Module):
     """A decoder-only language model of the given config, freshly initialised (weights fp32, N(0, init_std)).
 
     Activations and matrix products take the dtype of the embedding. Training in bf16 rounds `low_precision_weights`;
-    norms and gates stay fp32, as in DeepSeek-V3 (section 3.3.1).
+    norms and gates stay fp32, as in DeepSeek-V3 (section 3.3.1). `in_bf16` rounds them for good, to read or to serve.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -189,6 +190,12 @@ class Transformer(nn.Module):
         kept = [module for module in self.modules() if isinstance(module, RMSNorm | Router)]
         exact = {parameter for module in kept for parameter in module.parameters()}
         return [parameter for parameter in self.parameters() if parameter not in exact]
+
+    def in_bf16(self) -> Self:
+        """This model, its `low_precision_weights` rounded."""
+        for weight in self.low_precision_weights():
+            weight.data = weight.data.bfloat16()
+        return self
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [..., V] of states behind the final norm."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from infra.errors import FathomError
-from model.batch import Batch, Request, Row
+from model.batch import Batch, CacheDtype, Request, Row
 from model.generate import Piece
 from model.transformer import Transformer
 
@@ -37,9 +37,15 @@ class _Ticket:
 class Engine:
     """Decodes at most `max_batch` requests at a time, the others in the order of their arrival."""
 
-    def __init__(self, model: Transformer, max_batch: int = 64, speculate: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        max_batch: int = 64,
+        speculate: bool = False,
+        cache_dtype: CacheDtype | None = None,
+    ) -> None:
         self.model, self.max_batch, self.speculate = model, max_batch, speculate
-        self._batch = Batch(model, speculate)
+        self._batch = Batch(model, speculate, cache_dtype)
         self._changed = threading.Condition()
         self._waiting: list[_Ticket] = []
         self._running: list[_Ticket] = []

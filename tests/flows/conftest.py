@@ -69,7 +69,7 @@ def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory, taught: Callable[.
     """A checkpoint of a micro model with MLA, experts and MTP that answers any question in the reply format."""
     pairs = [(f"Pull {number}.", str(number)) for number in range(10)]
     # vLLM's CPU attention knows heads of this width, not of every.
-    heads = {"qk_nope_head_dim": 24, "v_head_dim": 24}
+    heads = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24}
     return taught(tmp_path_factory.mktemp("chat"), pairs, steps=80, mtp=True, max_position=96, **heads)
 
 

@@ -16,10 +16,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from starlette.testclient import TestClient
 
 from flows.environment import answers
+from flows.serve import serve
 from flows.server.engine import Engine, EngineFailed
 from flows.server.protocol import Choice
+from infra.errors import InputError
+from infra.settings import Settings
 from infra.store import ArtifactStore
 from model.batch import Request
 from model.generate import Generator
@@ -67,6 +71,24 @@ def address(chat_store: ArtifactStore) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def client(address: str) -> Any:
     return openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+
+
+def test_a_server_in_float8_says_nearly_what_an_exact_one_says(
+    client: Any, chat_store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apps: list[Any] = []
+    monkeypatch.setattr("uvicorn.run", lambda app, **_: apps.append(app))
+    serve(chat_store, Settings(), MODEL, "127.0.0.1", 1, None, speculate=False, float8=True, max_batch=4)
+    asked = {"model": MODEL, "messages": QUESTION, "temperature": 0, "logprobs": True}
+    exact = client.chat.completions.create(**asked).choices[0]
+    with TestClient(apps[0]) as session:
+        choice = session.post("/v1/chat/completions", json=asked).json()["choices"][0]
+    assert choice["message"]["content"] == exact.message.content
+    scores = [[entry.logprob for entry in exact.logprobs.content]]
+    scores.append([entry["logprob"] for entry in choice["logprobs"]["content"]])
+    assert scores[0] != scores[1] == pytest.approx(scores[0], abs=0.2)
+    with pytest.raises(InputError, match="our own engine's"):
+        serve(chat_store, Settings(), MODEL, "127.0.0.1", 1, "vllm", speculate=False, float8=True, max_batch=4)
 
 
 def test_the_models_list_names_the_tag_and_the_artifact(client: Any, chat_store: ArtifactStore) -> None:

@@ -40,8 +40,7 @@ COMPARE = """
         torch.manual_seed(0)
         model, recompute = Transformer(CONFIG).to(device), Recompute(recompute)
         if DEVICE == "cuda":
-            for weight in model.low_precision_weights():
-                weight.data = weight.data.bfloat16()
+            model.in_bf16()
         recompute.attach(model)
         if not late:
             use_float8(model)
