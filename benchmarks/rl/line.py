@@ -1,13 +1,13 @@
-"""R1-Zero and R1's reasoning stage on one machine, through the stages themselves and Ray, without Prefect.
+"""R1-Zero and R1 on one machine, through the stages themselves and Ray, without Prefect.
 
     fathom run corpus --recipe h100
     python benchmarks/rl/line.py --recipe h100
 
-Takes `tokenize@latest` from the store of the working folder, as `benchmarks/training/base.py` does, and makes the nodes
-of the line from the base to reasoning RL, with an evaluation behind each: what is finished is reused, what was killed
-goes on. Base and policy see no longer context than replies need, so the context extension is left out. Writes
-results/RECIPE_line.json beside this file, or into --out: pass@1 with intervals before and after, and the curves of
-reward, accuracy, reply length and the rest of each RL run, with their plots.
+Takes `tokenize@latest` and the API reference from the store of the working folder, as `benchmarks/training/base.py`
+does, and makes the nodes of the line from the base to R1, with an evaluation behind each that rewards taught: what is
+finished is reused, what was killed goes on. Base and policy see no longer context than replies need, so the context
+extension is left out. Writes results/RECIPE_line.json beside this file, or into --out: pass@1 with intervals before and
+after, and the curves of reward, accuracy, reply length and the rest of each RL run, with their plots.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from infra.artifact import Artifact
 from infra.settings import Settings
 from infra.store import ArtifactStore
 
-RL = ("r1_zero", "reasoning_rl")
+RL = ("r1_zero", "reasoning_rl", "final_rl")
 NODES = (
     *("generate_problems", "pretrain", "evaluate_base"),
     *("r1_zero", "evaluate_r1_zero", "sample_zero", "cold_start_samples"),
     *("cold_start", "evaluate_cold_start", "reasoning_rl", "evaluate_reasoning_rl"),
+    *("sample", "rejection_sample", "general", "sft", "final_rl", "evaluate_r1"),
 )
 
 
@@ -52,7 +53,7 @@ def evaluation(name: str, artifact: Artifact) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="h100")
-    parser.add_argument("--families", nargs="+", default=["countdown", "knights_and_knaves"], help="to learn and judge")
+    parser.add_argument("--families", nargs="+", default=["countdown_wide", "islanders"], help="to learn and judge")
     parser.add_argument("--set", nargs="*", default=[], metavar="NODE.FIELD=VALUE", help="as `fathom run` has it")
     parser.add_argument("--until", choices=NODES, default=NODES[-1])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -6,8 +6,8 @@ from typing import Any
 
 from flows.recipes import Recipe, tiny
 
-FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown", "compare", "sort", "reverse", "knights_and_knaves")
-ROLLOUT = {"max_new_tokens": 256}
+FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown_wide", "compare", "sort", "reverse", "islanders")
+ROLLOUT = {"max_new_tokens": 384}
 GPU = {"precision": "bf16"}
 
 MODEL = {
