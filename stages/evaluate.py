@@ -39,6 +39,7 @@ class EvaluateConfig(Config):
     temperature: float = Field(0.6, ge=0, title="Temperature")
     top_p: float = Field(0.95, gt=0, le=1, title="Top-p")
     max_new_tokens: int = Field(64, ge=1, title="Longest reply")
+    chunk: int = Field(8, ge=1, title="Problems a chunk", description="Generated together; a kill costs one at most")
     sequence_length: int = Field(256, ge=1, title="Window", description="Context for bits per byte")
     validation_windows: int = Field(64, ge=1, title="Windows a language", description="For bits per byte")
     trigram_bytes: int = Field(10_000_000, ge=1, title="Trigram bytes", description="Its training text, a language")
@@ -65,6 +66,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
+        chunk=config.chunk,
     )
     grouped = list(sampled(job, ctx))
     records = [problem_record(problem, rows) for problem, rows in zip(problems, grouped, strict=True)]

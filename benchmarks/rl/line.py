@@ -38,9 +38,13 @@ NODES = (
 
 
 def node(name: str) -> Node:
-    """The line's node, on the base before its context was extended."""
+    """The line's node, on the base before its context was extended; evaluations of problems alone."""
     found = LINE.node(name)
-    inputs = {role: "pretrain" if source == "extend_context" else source for role, source in found.roles.items()}
+    inputs = {
+        role: "pretrain" if source == "extend_context" else source
+        for role, source in found.roles.items()
+        if (found.stage, role) != ("evaluate", "tokens")
+    }
     return dataclasses.replace(found, inputs=inputs)
 
 
@@ -53,7 +57,7 @@ def evaluation(name: str, artifact: Artifact) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default="h100")
-    parser.add_argument("--families", nargs="+", default=["countdown_wide", "islanders"], help="to learn and judge")
+    parser.add_argument("--families", nargs="+", default=["countdown_wide"], help="to learn and judge")
     parser.add_argument("--set", nargs="*", default=[], metavar="NODE.FIELD=VALUE", help="as `fathom run` has it")
     parser.add_argument("--until", choices=NODES, default=NODES[-1])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -63,7 +67,8 @@ def main() -> None:
     store = ArtifactStore(settings.store, settings.workspace)
     nodes = NODES[: NODES.index(arguments.until) + 1]
     asking = [name for name in nodes[2:] if LINE.node(name).stage in ("evaluate", "grpo", "sample")]
-    chosen = [f"{name}.problems.families={json.dumps(arguments.families)}" for name in asking]
+    families = json.dumps(arguments.families)
+    chosen = [f"generate_problems.families={families}", *(f"{name}.problems.families={families}" for name in asking)]
     configs = load_recipe(arguments.recipe).resolve(LINE, [*chosen, *arguments.set])
     made = {name: make(node(name), configs[name], store, settings) for name in nodes}
 
