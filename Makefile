@@ -35,8 +35,8 @@ $(STAMP): $(LOCK) pyproject.toml
 run: $(STAMP) ## raw text to reasoning models and a report (RECIPE=tiny|h100)
 	$(BIN)/fathom run line --recipe $(RECIPE)
 
-test: $(STAMP) ## the default tests
-	$(BIN)/python -m pytest
+test: $(STAMP) ## the default tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

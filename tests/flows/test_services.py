@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 from served import served
 
@@ -45,7 +46,7 @@ def test_a_run_through_the_server_makes_the_same_artifact_as_the_command_line(tm
 def test_a_service_is_running_only_as_the_process_that_was_started(tmp_path: Path) -> None:
     service = services._Service("server", tmp_path)
     assert service.pid() is None
-    record = {"pid": os.getpid(), "marker": "pytest"}
+    record = {"pid": os.getpid(), "marker": psutil.Process().cmdline()[0]}
     service.file.write_text(json.dumps(record))
     assert service.pid() == os.getpid()
     service.file.write_text(json.dumps({**record, "marker": "another command"}))
