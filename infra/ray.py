@@ -126,24 +126,33 @@ def ray_map(
         yield result
 
 
+def most_ranks(workers: int) -> int:
+    """`workers`, or as many as there are GPUs if these are fewer: each rank has one to itself."""
+    import ray
+
+    session()
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    return min(workers, gpus) if gpus else workers
+
+
 def spmd(
     fn: Callable[[Any, Report], Any], job: Any, ctx: Any, workers: int | None = None, threads: int = 1
 ) -> list[Any]:
     """Run fn(job, report) once a rank and return the results by rank.
 
-    Each rank has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT and joins the process group itself.
-    Rank 0's reports reach `ctx.report`. The first failure ends every rank and is raised.
+    Each rank has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT and joins the process group itself; where
+    there are GPUs it has one to itself, so there are no more ranks than GPUs. Rank 0's reports reach `ctx.report`. The
+    first failure ends every rank and is raised.
     """
     import ray
 
-    session()
-    workers = workers or ctx.workers
+    workers = most_ranks(workers or ctx.workers)
     resources = ray.cluster_resources()
     if resources.get("CPU", 0) < workers * threads:
         raise ConfigError(
             f"{workers} workers × {threads} CPUs, but Ray has {resources.get('CPU', 0):.0f}: lower workers"
         )
-    gpus = 1 if resources.get("GPU", 0) >= workers else 0
+    gpus = 1 if resources.get("GPU", 0) else 0
     mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
     rank_task = ray.remote(_run_rank).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
     refs = [rank_task.remote(fn, job, mailbox, rank, workers, threads) for rank in range(workers)]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from statistics import mean
 
 from infra.artifact import Scalar
-from infra.ray import spmd
+from infra.ray import most_ranks, spmd
 from infra.stage import Context
 from stages.training.job import TrainJob, TrainResult
 from stages.training.trainer import train
 
 
 def launch(job: TrainJob, ctx: Context) -> TrainResult:
-    """Run `job` on as many of the context's workers as its batch divides over."""
-    workers = max(count for count in range(1, ctx.workers + 1) if job.unit % count == 0)
+    """Run `job` on as many of the context's workers, or GPUs, as its batch divides over."""
+    workers = max(count for count in range(1, most_ranks(ctx.workers) + 1) if job.unit % count == 0)
     if job.lesson:
         from stages.rl.distiller import teach  # which is built on this package
 

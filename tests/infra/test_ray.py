@@ -25,7 +25,7 @@ from sample_workers import (
 
 from infra.errors import ConfigError, InputError, StageFailed
 from infra.metrics import METRICS, Progress, read_metrics
-from infra.ray import ray_map, spmd
+from infra.ray import most_ranks, ray_map, spmd
 from infra.stage import Context
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -110,6 +110,14 @@ def test_a_worker_keeps_nothing_of_the_last_job() -> None:
 def test_more_workers_than_the_cluster_has_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"9999 workers .* lower workers"):
         spmd(sum_of_ranks, {"offset": 0}, Context.local(tmp_path), workers=9999)
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 16), (1, 1), (8, 8), (32, 16)])
+def test_there_are_no_more_ranks_than_gpus_where_there_are_any(
+    gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(gpus)})
+    assert most_ranks(16) == ranks
 
 
 def test_ray_address_joins_a_running_cluster() -> None:
