@@ -1,8 +1,8 @@
 """Reinforcement learning from verifiable rewards: GRPO (DeepSeekMath, section 4; DeepSeek-R1, sections 2.2 and 2.3).
 
 From a base model with the template `r1_zero` this is R1-Zero; from the cold start with `chat` and a language reward it
-is R1's reasoning stage; with a reward model and general prompts, its last one over all scenarios (section 2.3.4): rules
-judge the problems, the reward model and the form the general prompts. `loss` takes one of GRPO's successors
+is R1's reasoning stage; with reward models and general prompts, its last one over all scenarios (section 2.3.4): rules
+judge the problems, the reward models and the form the general prompts. `loss` takes one of GRPO's successors
 instead, or PPO with a critic; DAPO is `dapo` with `dynamic_sampling`, the reward `overlong` and no KL term. Renewing
 the reference is the iterative GRPO of DeepSeekMath, section 4.1.4; its process supervision takes a process model.
 """
@@ -36,6 +36,8 @@ from stages.rl.rewards import JUDGED, PENALTIES, RewardWeights
 from stages.rl.rollout_store import RolloutStore
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_config
+
+JUDGES = ("reward_model", "harmlessness_model", "process_reward_model")  # inputs
 
 
 class GrpoConfig(Config):
@@ -160,9 +162,10 @@ class GrpoConfig(Config):
 
     @model_validator(mode="after")
     def _general_questions_have_a_reward(self) -> GrpoConfig:
-        if self.general_groups and not self.rewards.preference:
+        if self.general_groups and not (self.rewards.preference or self.rewards.harmlessness):
             raise ValueError(
-                "general_groups asks questions without right answers: set rewards.preference, and give a reward_model"
+                "general_groups asks questions without right answers: set rewards.preference, and give a reward_model "
+                "(or harmlessness and its model)"
             )
         if self.general_groups >= self.groups_per_step:
             raise ValueError(
@@ -196,6 +199,7 @@ class GrpoConfig(Config):
         "problems": "problems",
         "general": optional("conversations", "preferences"),
         "reward_model": optional("reward_model"),
+        "harmlessness_model": optional("reward_model"),
         "process_reward_model": optional("reward_model"),
     },
     makes="checkpoint",
@@ -203,7 +207,7 @@ class GrpoConfig(Config):
 def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
     """Improve a checkpoint by group relative policy optimisation on problems with exact answers, and on general prompts
     that a reward model judges."""
-    judges = {role: str(inputs[role].path) for role in ("reward_model", "process_reward_model") if role in inputs}
+    judges = {role: str(inputs[role].path) for role in JUDGES if role in inputs}
     check_judges(config, judges)
     general, said = general_problems(config, inputs)
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
@@ -246,8 +250,10 @@ def general_problems(config: GrpoConfig, inputs: Inputs) -> tuple[tuple[Problem,
 
 def check_judges(config: GrpoConfig, judges: Mapping[str, str]) -> None:
     """Raise ConfigError where the models that are given are not those that the config asks for."""
+    rewards = config.rewards
     asked = {
-        "reward_model": (config.rewards.preference > 0, "rewards.preference > 0", ("response", "answer")),
+        "reward_model": (rewards.preference > 0, "rewards.preference > 0", ("response", "answer")),
+        "harmlessness_model": (rewards.harmlessness > 0, "rewards.harmlessness > 0", ("response",)),
         "process_reward_model": (config.supervision == "process", "supervision=process", ("steps",)),
     }
     for role, (wanted, by, targets) in asked.items():

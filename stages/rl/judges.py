@@ -1,17 +1,18 @@
 """Rewards that models give, beside the rules: one for a whole reply, one for each of its steps (DeepSeek-R1, 2.3.4).
 
 A preference model says by its own target what it looks at: the answer without the chain (helpfulness), or the whole
-response (harmlessness). Where open problems stand beside those with right answers it judges the open ones alone, for
-rules cannot be hacked as it can. A process model scores the steps that `steps.split_steps` cuts, but none of an open
-problem, for no step leads to an answer there.
+response (harmlessness); one of each may judge side by side. Where open problems stand beside those with right answers
+they judge the open ones alone, for rules cannot be hacked as they can. A process model scores the steps that
+`steps.split_steps` cuts, but none of an open problem, for no step leads to an answer there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 from stages.rl.reward_model import RewardModel
 from stages.rl.rollout import Rollout, forward_flops
@@ -19,21 +20,27 @@ from stages.rl.steps import split_steps
 from stages.tokens.bpe import Tokenizer
 
 
+class Preferring(NamedTuple):
+    """A preference model, and what a point of it is worth."""
+
+    model: RewardModel
+    weight: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Judges:
-    """The models that are there, and what a point of the preference model is worth."""
+    """The models that are there: preference models by their names in `rewards.JUDGED`, and a process model."""
 
-    preference: RewardModel | None = None
-    weight: float = 0.0
+    preferring: Mapping[str, Preferring] = dataclasses.field(default_factory=dict)
     process: RewardModel | None = None
-    open_only: bool = False  # the preference model leaves problems with right answers to the rules
+    open_only: bool = False  # preference models leave problems with right answers to the rules
 
     def judge(self, rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[Rollout]:
         """The rollouts with what the models say of them."""
         judged = list(rollouts)
-        if self.preference:
-            points = iter(_points(self.preference, [rollout for rollout in judged if self._prefers(rollout)]))
-            judged = [_paid(one, next(points), self.weight) if self._prefers(one) else one for one in judged]
+        for name, (model, weight) in self.preferring.items():
+            points = iter(_points(model, [rollout for rollout in judged if self._prefers(rollout)]))
+            judged = [_paid(one, name, next(points), weight) if self._prefers(one) else one for one in judged]
         if self.process:
             cut = [[] if one.problem.open else split_steps(one.text) for one in judged]
             chains = [(one.problem.question, steps) for one, steps in zip(judged, cut, strict=True) if steps]
@@ -50,14 +57,15 @@ class Judges:
     @property
     def names(self) -> list[str]:
         """Those of `rewards.JUDGED` that they give."""
-        return [name for name, judge in (("preference", self.preference), ("process", self.process)) if judge]
+        return [*self.preferring, *(["process"] if self.process else [])]
 
     def flops(self, rollouts: Sequence[Rollout]) -> float:
         """What judging them costs."""
         preferred = [rollout for rollout in rollouts if self._prefers(rollout)]
         stepped = [rollout for rollout in rollouts if not rollout.problem.open]
-        asked = ((self.preference, preferred), (self.process, stepped))
-        return sum(forward_flops(judge.model.config, said, head=False) for judge, said in asked if judge)
+        asked = [(judge.model, preferred) for judge in self.preferring.values()]
+        asked += [(self.process, stepped)] if self.process else []
+        return sum(forward_flops(judge.model.config, said, head=False) for judge, said in asked)
 
 
 def step_ends(tokens: Sequence[int], steps: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -91,9 +99,9 @@ def _conversation(rollout: Rollout) -> list[dict[str, str]]:
     return [question, {"role": "assistant", "content": rollout.text}]
 
 
-def _paid(rollout: Rollout, points: float, weight: float) -> Rollout:
+def _paid(rollout: Rollout, name: str, points: float, weight: float) -> Rollout:
     verdict = rollout.score
-    rules = {**verdict.rules, "preference": points}
+    rules = {**verdict.rules, name: points}
     return dataclasses.replace(
         rollout, score=dataclasses.replace(verdict, reward=verdict.reward + weight * points, rules=rules)
     )

@@ -36,7 +36,7 @@ from stages.rl.credit import flat_groups, token_advantages, token_rewards
 from stages.rl.engines import open_engine
 from stages.rl.engines.base import Sampling
 from stages.rl.explore import Asking, Explorer
-from stages.rl.judges import Judges
+from stages.rl.judges import Judges, Preferring
 from stages.rl.questions import Questions
 from stages.rl.reward_model import load_reward_model
 from stages.rl.rollout import Rollout, forward_flops
@@ -62,6 +62,7 @@ class GrpoJob:
     out: str
     scratch: str
     reward_model: str | None = None
+    harmlessness_model: str | None = None
     process_reward_model: str | None = None
     general: tuple[Problem, ...] = ()  # open ones, asked beside the others
 
@@ -99,9 +100,13 @@ class Learner:
             job.problems, config.groups_per_step - config.general_groups, config.seed, beside=beside
         )
         self.rollouts = RolloutStore(Path(job.scratch) / ROLLOUTS)
+        folders = {"preference": job.reward_model, "harmlessness": job.harmlessness_model}
         self.judges = Judges(
-            load_reward_model(job.reward_model, device) if job.reward_model else None,
-            config.rewards.preference,
+            {
+                name: Preferring(load_reward_model(folder, device), getattr(config.rewards, name))
+                for name, folder in folders.items()
+                if folder
+            },
             load_reward_model(job.process_reward_model, device) if job.process_reward_model else None,
             open_only=bool(job.general),
         )

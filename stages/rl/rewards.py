@@ -8,7 +8,7 @@ A new rule is a pure function in `REWARDS` or `PENALTIES` and a weight of its na
 for the rules, such as Logic-RL's, is a function in `SCHEMES`. What a reply earns among others is in `group_rewards.py`.
 
 Of an open problem nothing is right: it has no accuracy and no tests, and the other rules are paid by weight under every
-scheme. What its reply is worth, a preference model says (`judges.py`).
+scheme. What its reply is worth, preference models say (`judges.py`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RewardWeights(Config):
 
     Most losses normalise rewards within a question's group, so an open question counts as much as any other whatever
     its weights: they hold points against format, language and penalties of the same replies. dr_grpo, rloo and ppo do
-    not: there `preference` also says how much open questions count beside right answers.
+    not: there the weights of points also say how much open questions count beside right answers.
     """
 
     scheme: Scheme = Field(
@@ -71,6 +71,9 @@ class RewardWeights(Config):
         ge=0,
         title="Preference",
         description="What a point of the reward model is worth; of general prompts alone, if given",
+    )
+    harmlessness: float = Field(
+        0.0, ge=0, title="Harmlessness", description="What a point of the harmlessness model is worth, likewise"
     )
     tests: float = Field(0.0, ge=0, title="Tests", description="weight of the share of tests that a program passes")
     brevity: float = Field(
@@ -226,7 +229,8 @@ PENALTIES: dict[str, Callable[[Judged, RewardWeights], float]] = {
 RULES = (*REWARDS, *PENALTIES)
 OF_ANSWERS = ("accuracy", "tests")  # rules that an open problem does not have
 NO_VERDICT = Verdict(False, 0.0, "")  # what its replies get instead
-JUDGED = ("preference", "process")  # what models say of a reply (`judges.py`), where there are any
+PREFERRED = ("preference", "harmlessness")  # by preference models, each paid by the weight of its name
+JUDGED = (*PREFERRED, "process")  # what models say of a reply (`judges.py`), where there are any
 
 
 def weighted(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) -> float:

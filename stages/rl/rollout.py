@@ -45,12 +45,13 @@ SCHEMA = pa.schema(
         ("logprobs", pa.list_(pa.float32())),  # the engine's, of each of reply_ids
         ("reward", pa.float64()),
         *((column, pa.float64()) for column in COLUMNS.values()),
-        ("reason", pa.string()),  # why the answer is wrong; null if it is right, and in files of earlier versions
+        ("reason", pa.string()),  # why the answer is wrong; null if it is right
         ("step_ends", pa.list_(pa.int32())),  # which of reply_ids ends each step that a process model has scored
         ("step_rewards", pa.list_(pa.float64())),
         ("flops", pa.float64()),  # of sampling it
     ]
 )
+LATE = ("reason", "harmlessness")  # columns that files of earlier versions do not have: null there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Rollout:
             row["completion"],
             Score(
                 row["reward"],
-                {name: row[col] for name, col in COLUMNS.items() if row[col] is not None},
+                {name: row[col] for name, col in COLUMNS.items() if row.get(col) is not None},
                 row.get("reason") or "",
             ),
             tuple(zip(row["step_ends"], row["step_rewards"], strict=True)),
@@ -144,13 +145,14 @@ def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> Iterato
     wanted = columns or SCHEMA.names
     for path in paths:
         try:
-            old = "reason" in wanted and "reason" not in pq.read_schema(path).names
-            there = [name for name in wanted if name != "reason" or not old]
+            own = pq.read_schema(path).names
+            late = [name for name in LATE if name in wanted and name not in own]
+            there = [name for name in wanted if name not in late]
             table = pq.read_table(path, columns=there, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: not a file of rollouts, or damaged ({error})") from error
-        if old:
-            table = table.append_column("reason", pa.nulls(len(table), pa.string()))
+        for name in late:
+            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
         yield from table.to_pylist()
 
 

@@ -24,11 +24,11 @@ from stages.make_preferences import MakePreferencesConfig, make_preferences
 from stages.problems.problem import Problem, write_problems
 from stages.rejection_sample import RejectionSampleConfig, rejection_sample
 from stages.rl.general import open_problems
-from stages.rl.judges import Judges
+from stages.rl.judges import Judges, Preferring
 from stages.rl.learner import GrpoJob, learn
 from stages.rl.preferences import Preference, read_preferences, write_preferences
 from stages.rl.reward_model import load_reward_model, save_reward_model
-from stages.rl.rewards import RewardWeights, score
+from stages.rl.rewards import JUDGED, PREFERRED, RewardWeights, score
 from stages.rl.rollout import Rollout, read_rollouts, write_rollouts
 from stages.tokens.bpe import load_tokenizer
 from stages.train_reward_model import TrainRewardModelConfig, train_reward_model
@@ -114,25 +114,28 @@ def test_models_judge_what_they_are_for_open_problems_by_preference_and_steps_th
     bandit_base, bandit_problems, judge
 ):
     tokenizer = load_tokenizer(bandit_base)
-    preference, process = (load_reward_model(judge(target)) for target in ("answer", "steps"))
+    helpful, harmless, process = (load_reward_model(judge(target)) for target in ("answer", "response", "steps"))
     ids = tokenizer.encode(REPLY)
     rollouts = [
         Rollout(problem, [1], ids, [0.0] * len(ids), True, REPLY, score(problem, REPLY, True, RewardWeights()))
         for problem in (OPEN, bandit_problems[0])
     ]
-    both = Judges(preference, 2.0, process, open_only=True)
-    open_one, verified = both.judge(rollouts, tokenizer)
-    assert open_one.score.reward == pytest.approx(0.2 + 2 * open_one.score.rules["preference"])
+    preferring = {"preference": Preferring(helpful, 2.0), "harmlessness": Preferring(harmless, 0.5)}
+    all_three = Judges(preferring, process, open_only=True)
+    open_one, verified = all_three.judge(rollouts, tokenizer)
+    points = open_one.score.rules
+    assert points["preference"] != points["harmlessness"]
+    assert open_one.score.reward == pytest.approx(0.2 + 2 * points["preference"] + 0.5 * points["harmlessness"])
     assert open_one.steps == ()
     assert verified.score.reward == rollouts[1].score.reward
     assert len(verified.steps) == 2
-    assert [sorted({"preference", "process"} & one.score.rules.keys()) for one in (open_one, verified)] == [
-        ["preference"],
+    assert [sorted(set(JUDGED) & one.score.rules.keys()) for one in (open_one, verified)] == [
+        ["harmlessness", "preference"],
         ["process"],
     ]
-    everywhere = Judges(preference, 2.0).judge(rollouts, tokenizer)
-    assert all("preference" in one.score.rules for one in everywhere)
-    assert both.flops(rollouts) == pytest.approx(Judges(preference, 2.0).flops(rollouts))  # each model judges one
+    everywhere = Judges(preferring)
+    assert all({*preferring} <= one.score.rules.keys() for one in everywhere.judge(rollouts, tokenizer))
+    assert all_three.flops(rollouts) == pytest.approx(everywhere.flops(rollouts) * 3 / 4)  # models of one size
 
 
 # ---- the learner
@@ -140,7 +143,7 @@ def test_models_judge_what_they_are_for_open_problems_by_preference_and_steps_th
 OPTIONS = {
     **{"steps": 4, "groups_per_step": 4, "general_groups": 2, "rollout_groups": 1, "group_size": 4},
     **{"max_new_tokens": 14, "learning_rate": 3e-3, "save_every": 2, "keep_rollouts_every": 1},
-    "rewards": {"accuracy": 1, "format": 0.1, "preference": 0.5},
+    "rewards": {"accuracy": 1, "format": 0.1, "preference": 0.5, "harmlessness": 0.25},
 }
 
 
@@ -153,7 +156,8 @@ def job(bandit_base, bandit_problems, judge, tmp_path):
         general = tuple(dataclasses.replace(OPEN, id=f"open-{n}", question=f"so {n}.") for n in range(3))
         config = GrpoConfig(**{**OPTIONS, **options})
         where = (str(bandit_base), bandit_problems, str(out), str(scratch), str(judge("answer")))
-        return GrpoJob(config, *where, general=general)
+        harmless = str(judge("response")) if config.rewards.harmlessness else None
+        return GrpoJob(config, *where, harmless, general=general)
 
     return make
 
@@ -178,9 +182,10 @@ def test_every_step_asks_its_share_of_general_prompts_and_each_measure_is_of_tho
         others = [reply for reply in replies if reply["family"] != "general"]
         assert len(general) == len(others) == 8
         assert {reply["accuracy"] for reply in general} == {None}
-        assert {reply["preference"] for reply in others} == {None}
+        assert {reply[points] for reply in others for points in PREFERRED} == {None}
         assert row["accuracy"] == row["accuracy_en"] == sum(reply["accuracy"] for reply in others) / 8
-        assert row["preference"] == pytest.approx(sum(reply["preference"] for reply in general) / 8)
+        for points in PREFERRED:
+            assert row[points] == pytest.approx(sum(reply[points] for reply in general) / 8)
         assert row["format"] == sum(reply["format"] for reply in replies) / 16
     asked = [reply["problem_id"] for reply in kept(given)[:: given.config.group_size]]
     assert len({id for id in asked if id.startswith("open-")}) == 3, "all three before one comes again"
@@ -224,7 +229,7 @@ def test_two_ranks_ask_and_judge_general_prompts_as_one_does(job, run_ranks):
 
 # ---- the stages, end to end
 
-JUDGED = {"general_groups": 1, "rewards": {"preference": 1}}
+GENERAL = {"general_groups": 1, "rewards": {"preference": 1}}
 
 
 def test_inputs_and_options_go_together_and_general_questions_need_a_reward(bandit_base, judge, tmp_path):
@@ -237,14 +242,14 @@ def test_inputs_and_options_go_together_and_general_questions_need_a_reward(band
     with pytest.raises(ConfigError, match=r"without right answers: set rewards\.preference"):
         GrpoConfig.parse({"general_groups": 1})
     with pytest.raises(ConfigError, match="leaves no problem of groups_per_step=32"):
-        GrpoConfig.parse({**JUDGED, "general_groups": 32})
+        GrpoConfig.parse({**GENERAL, "general_groups": 32})
     with pytest.raises(ConfigError, match="input general and general_groups > 0 go together"):
-        grpo(GrpoConfig.parse(JUDGED), inputs, Context.local(tmp_path / "absent"))
+        grpo(GrpoConfig.parse(GENERAL), inputs, Context.local(tmp_path / "absent"))
     general = {"general": write_conversations(tmp_path / "talks", [talk("so " * 60)])}
     with pytest.raises(ConfigError, match="input general and general_groups > 0 go together"):
         grpo(GrpoConfig.parse({"rewards": {"preference": 1}}), inputs | general, Context.local(tmp_path / "unasked"))
     with pytest.raises(InputError, match=r"no prompt in en or zh of at most 50 tokens"):
-        grpo(GrpoConfig.parse({**JUDGED, "max_new_tokens": 14}), inputs | general, Context.local(tmp_path / "long"))
+        grpo(GrpoConfig.parse({**GENERAL, "max_new_tokens": 14}), inputs | general, Context.local(tmp_path / "long"))
 
 
 def test_replies_to_other_prompts_are_rejected_as_often_as_chosen(tmp_path):

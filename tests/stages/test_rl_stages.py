@@ -106,6 +106,8 @@ def test_reward_models_and_what_asks_for_them_go_together(inputs, bandit_base, t
         ({}, {"reward_model": judge}, "rewards.preference > 0 go together"),
         (points, {}, "rewards.preference > 0 go together"),
         (points, {"reward_model": judge}, "judges the steps: give one of target response or answer"),
+        ({"rewards": {"harmlessness": 1}}, {}, "harmlessness_model and rewards.harmlessness > 0 go together"),
+        ({"rewards": {"harmlessness": 1}}, {"harmlessness_model": judge}, "the steps: give one of target response$"),
         ({"supervision": "process"}, {}, "process_reward_model and supervision=process"),
     ):
         with pytest.raises(ConfigError, match=says):

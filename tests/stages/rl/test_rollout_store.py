@@ -65,13 +65,13 @@ def test_a_chunk_is_asked_once_and_read_back_the_same_by_the_next_run(explorer, 
     assert [Rollout.from_row(row).problem for row in rows[::2]] == list(bandit_problems[:3])
 
 
-def test_rollouts_of_before_reasons_are_read_and_taken_up(explorer, bandit_problems, tmp_path):
+def test_rollouts_of_before_some_columns_are_read_and_taken_up(explorer, bandit_problems, tmp_path):
     engine = Counting()
     explorer(engine).chunk(1, 0, 0, bandit_problems[:2], seed=7)
     assert [row["reason"] for row in read_rollouts(tmp_path)] == ["no single answer"] * 4
     (path,) = tmp_path.glob("rollouts-*")
-    pq.write_table(pq.read_table(path).drop_columns("reason"), path)
-    assert [row["reason"] for row in read_rollouts(tmp_path)] == [None] * 4
+    pq.write_table(pq.read_table(path).drop_columns(["reason", "harmlessness"]), path)
+    assert [(row["reason"], row["harmlessness"]) for row in read_rollouts(tmp_path)] == [(None, None)] * 4
     assert [row["reason"] for row in read_rollouts(tmp_path, ("step", "reason"))] == [None] * 4
     assert set(next(read_rollouts(tmp_path, ("step",)))) == {"step"}
     again = explorer(engine).chunk(1, 0, 0, bandit_problems[:2], seed=7)
