@@ -13,7 +13,7 @@ from pathlib import Path
 from infra.store import ArtifactStore
 
 Start = Callable[..., "subprocess.Popen[str]"]
-SLOW = ("run", "toy", "--recipe", "toy", "--set", "cubes.seconds=0.4")
+SLOW = ("run", "toy", "--recipe", "toy", "--set", "cubes.seconds=2")
 
 
 def wait_for(process: subprocess.Popen[str], pattern: str) -> str:

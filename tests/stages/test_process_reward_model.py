@@ -1,14 +1,18 @@
 """Process reward models: steps labelled by completing them, and a model that learns the labels."""
 
 import pytest
+import torch
 
 from infra import ray as session
 from infra.artifact import Artifact
 from infra.errors import ConfigError, InputError
 from infra.stage import Context
 from stages.label_steps import LabelStepsConfig, label_steps
+from stages.rl.preference_tasks import Chain
+from stages.rl.prompts import prompt_ids
 from stages.rl.reward_model import load_reward_model, save_reward_model
 from stages.rl.rollout import SCHEMA, read_rollouts, write_rollouts
+from stages.rl.step_order import OrderJob, order_replies, share_in_order
 from stages.rl.steps import split_steps
 from stages.tokens.bpe import load_tokenizer
 from stages.train_process_reward_model import TrainProcessRewardModelConfig, train_process_reward_model
@@ -113,6 +117,7 @@ def test_a_process_reward_model_learns_which_steps_are_right(policy, row, tmp_pa
     summary = train_process_reward_model(config, given, ctx)
     assert summary["heldout_accuracy"] > 0.9 > summary["heldout_accuracy_start"]
     assert summary["heldout_brier"] < 0.05
+    assert summary["heldout_order"] == 1
     assert summary["examples"] + summary["heldout_examples"] == summary["replies"] == 30
     judge = load_reward_model(ctx.out)
     good, bad = judge.score_chains([("Pull 1.", split_steps(reply(chain, 3))) for chain in ("so, so", "so, Pull")])
@@ -124,6 +129,28 @@ def test_a_process_reward_model_learns_which_steps_are_right(policy, row, tmp_pa
         hard, given | {"checkpoint": Artifact.local(ctx.out, "reward_model")}, Context.local(tmp_path / "hard")
     )
     assert again["heldout_accuracy_start"] == round(8 / 9, 4)  # a quarter right is right now
+
+
+def test_replies_to_one_problem_are_in_order_where_the_better_labels_have_the_better_scores(policy, tmp_path):
+    tokenizer, model = load_tokenizer(policy.path), load_value_model(policy.path)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    save_reward_model(tmp_path, model, "steps", policy.path)
+    question = prompt_ids("Pull 1.", "chat", tokenizer)
+
+    def chain(said, label):
+        return Chain([*question, *tokenizer.encode(said)], [len(question)], [label])
+
+    def order(*chains):
+        job = OrderJob(str(tmp_path), {("1", "Pull 1."): chains})
+        return [right for _, right in order_replies(job, lambda *_, **__: None)]
+
+    judge = load_reward_model(tmp_path)
+    worse, better = sorted("78", key=lambda said: judge.likely([(chain(said, 0.0).ids, [len(question)])]))
+    assert order(chain(worse, 0.0), chain(better, 0.5)) == [1.0]
+    assert order(chain(worse, 1.0), chain(better, 0.5)) == [0.0]
+    assert order(chain(worse, 0.5), chain(better, 0.5)) == []
+    assert share_in_order([("1", 1.0), ("1", 0.0), ("2", 1.0), ("2", 1.0)], 0).mean == 0.75
+    assert share_in_order([], 0) is None
 
 
 def test_what_has_no_steps_or_no_labels_is_refused(policy, row, tmp_path):
