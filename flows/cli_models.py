@@ -22,7 +22,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     engine: Annotated[EngineName | None, typer.Option(help="Default: vllm where it is installed.")] = None,
     speculate: Annotated[bool, typer.Option(help="Draft with the multi-token-prediction modules.")] = False,
-    float8: Annotated[bool, typer.Option(help="Compute (W8A8) and keep MLA's latents in float8.")] = False,
+    fp8: Annotated[bool, typer.Option(help="Compute (W8A8) and keep MLA's latents in float8; our own engine.")] = False,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests decoded at a time.")] = 64,
 ) -> None:
     """Answer OpenAI's HTTP API from a checkpoint, until Ctrl-C.
@@ -32,5 +32,14 @@ def serve(
     from flows import serve as joint
 
     settings = Settings.load()
-    name = engine.value if engine else None
-    joint.serve(open_store(settings), settings, ref, host, port, name, speculate, float8, max_batch)
+    joint.serve(
+        open_store(settings),
+        settings,
+        ref,
+        host=host,
+        port=port,
+        engine=engine.value if engine else None,
+        speculate=speculate,
+        fp8=fp8,
+        max_batch=max_batch,
+    )

@@ -2,7 +2,7 @@
 
 vLLM serves what the stage `export` writes (it is run, or its artifact reused), in processes of its own with the flags
 that its version needs. Our own engine (`flows.server`) reads the checkpoint as it is. Both compute in fp32 on CPU and
-in bf16 on CUDA, ours in float8 if asked.
+in bf16 on CUDA, ours in fp8 if asked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -32,6 +33,9 @@ from stages.tokens.chat_template import JINJA
 from stages.tokens.tools import CALLS
 from stages.training.checkpoint import load_config, load_model
 
+if TYPE_CHECKING:
+    from flows.server.engine import Engine
+
 EngineName = Literal["native", "vllm"]
 # What `vllm serve` runs. The command itself looks up its version under a name that the CPU build does not have.
 VLLM_SERVE = "vllm.entrypoints.launchers.api_server.entry"
@@ -42,46 +46,46 @@ def serve(
     store: ArtifactStore,
     settings: Settings,
     ref: str,
+    *,
     host: str,
     port: int,
     engine: EngineName | None,
     speculate: bool,
-    float8: bool,
+    fp8: bool,
     max_batch: int,
 ) -> None:
-    """Serve until interrupted. Without an engine named: ours for float8 or where vLLM is not installed, else vLLM."""
+    """Serve until interrupted. Without an engine named: ours for fp8 or where vLLM is not installed, else vLLM."""
     artifact = store.check(ref)
     if artifact.kind != "checkpoint":
         raise InputError(f"{artifact.id} is a {artifact.kind}: serve needs a checkpoint")
-    if float8 and engine == "vllm":
-        raise InputError("--float8 is our own engine's: use --engine native, or serve what export --fp8 writes")
-    chosen = engine or ("vllm" if importlib.util.find_spec("vllm") and not float8 else "native")
+    if fp8 and engine == "vllm":
+        raise InputError("--fp8 is our own engine's: use --engine native, or `vllm serve` what export --fp8 writes")
+    chosen = engine or ("vllm" if importlib.util.find_spec("vllm") and not fp8 else "native")
     names = list(dict.fromkeys([ref, artifact.id]))
     console(stderr=True).print(f"{artifact.id} on http://{host}:{port}/v1, engine {chosen}; Ctrl-C ends it")
     with store.holding([artifact.id]):
         if chosen == "vllm":
             serve_vllm(store, settings, artifact, names, host, port, speculate, max_batch)
         else:
-            serve_natively(artifact, names, host, port, speculate, float8, max_batch)
+            import uvicorn
+
+            from flows.server.app import Service, make_app
+
+            own = native_engine(artifact.path, speculate=speculate, fp8=fp8, max_batch=max_batch)
+            app = make_app(Service(own, load_tokenizer(artifact.path), names))
+            uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
-def serve_natively(
-    artifact: Artifact, names: list[str], host: str, port: int, speculate: bool, float8: bool, max_batch: int
-) -> None:
-    import uvicorn
-
-    from flows.server.app import Service, make_app
+def native_engine(folder: Path, *, speculate: bool, fp8: bool, max_batch: int) -> Engine:
+    """Our own engine on a checkpoint, on the GPU if there is one; `fp8`: products and MLA's cache in float8."""
     from flows.server.engine import Engine
 
-    cuda = torch.cuda.is_available()
-    model = load_model(artifact.path, "cuda" if cuda else "cpu")
-    if cuda:
-        model.in_bf16()
-    if float8:
+    model = load_model(folder)
+    if torch.cuda.is_available():
+        model = model.round_weights().cuda()
+    if fp8:
         use_float8(model, always=True)
-    engine = Engine(model, max_batch, speculate, "float8" if float8 and model.config.is_mla else None)
-    app = make_app(Service(engine, load_tokenizer(artifact.path), names))
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    return Engine(model, max_batch, speculate, "float8" if fp8 and model.config.is_mla else None)
 
 
 def serve_vllm(

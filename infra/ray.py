@@ -66,16 +66,23 @@ def _connect(ray: Any, settings: Settings) -> None:
         return
     # A token file that any earlier Ray left behind turns authentication on; a private local session needs none.
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    try:
-        ray.init(
-            num_cpus=max(cores(), settings.workers),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=_object_store_bytes(settings),
-        )
-    except Exception as error:  # all that Ray raises when its processes are not up in 30 s, as on a crowded machine
-        raise StageFailed(f"a local Ray did not start: {error}") from error
+    import torch
+
+    for tries_left in (1, 0):
+        try:
+            ray.init(
+                num_cpus=max(cores(), settings.workers),
+                num_gpus=None if torch.cuda.is_available() else 0,  # Ray counts GPUs that torch has no build for
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=_object_store_bytes(settings),
+            )
+            return
+        except Exception as error:  # all that Ray raises when its processes are not up in 30 s, as on a crowded machine
+            if not tries_left:
+                raise StageFailed(f"a local Ray did not start: {error}") from error
+            ray.shutdown()
 
 
 def shutdown() -> None:
@@ -131,8 +138,11 @@ def most_ranks(workers: int) -> int:
     import ray
 
     session()
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    return min(workers, gpus) if gpus else workers
+    return min(workers, _gpus(ray) or workers)
+
+
+def _gpus(ray: Any) -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
 
 
 def spmd(
@@ -152,7 +162,7 @@ def spmd(
         raise ConfigError(
             f"{workers} workers × {threads} CPUs, but Ray has {resources.get('CPU', 0):.0f}: lower workers"
         )
-    gpus = 1 if resources.get("GPU", 0) else 0
+    gpus = 1 if _gpus(ray) else 0
     mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
     rank_task = ray.remote(_run_rank).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
     refs = [rank_task.remote(fn, job, mailbox, rank, workers, threads) for rank in range(workers)]

@@ -26,7 +26,7 @@ class Settings(BaseSettings):
 
     store: str = Field(".fathom", description="artifact store: a folder, or any fsspec URL such as s3://bucket/path")
     workspace: Path | None = Field(None, description="local folder for drafts, scratch and cache (default: the store)")
-    workers: int = Field(cores(), ge=1, description="parallel workers of a stage; training on GPUs: at most one each")
+    workers: int = Field(cores(), ge=1, description="workers of a stage; what runs a model has one a GPU at most")
     ray_address: str | None = Field(None, description="a running Ray cluster; RAY_ADDRESS works too; default: local")
     object_store_mb: int = Field(512, ge=80, description="shared memory of a local Ray, capped by half of /dev/shm")
     cost_per_hour: float | None = Field(None, ge=0, description="price of this machine, for the cost in manifests")

@@ -67,8 +67,8 @@ def use_float8(model: nn.Module, always: bool = False) -> None:
         for part, weight in module.named_parameters(recurse=False):
             if weight.ndim > 1 and any(size % fp8.ALIGNMENT for size in weight.shape[-2:]):
                 raise ConfigError(
-                    f"{name}.{part} is {list(weight.shape)}: precision fp8 wants both its widths to be multiples of "
-                    f"{fp8.ALIGNMENT}; change the model's widths, or train in bf16"
+                    f"{name}.{part} is {list(weight.shape)}: float8 wants both its widths to be multiples of "
+                    f"{fp8.ALIGNMENT}; change the model's widths, or leave fp8 out"
                 )
             if not sharded:
                 weight.quantized = float8.of

@@ -156,7 +156,7 @@ class Transformer(nn.Module):
     """A decoder-only language model of the given config, freshly initialised (weights fp32, N(0, init_std)).
 
     Activations and matrix products take the dtype of the embedding. Training in bf16 rounds `low_precision_weights`;
-    norms and gates stay fp32, as in DeepSeek-V3 (section 3.3.1). `in_bf16` rounds them for good, to read or to serve.
+    norms and gates stay fp32, as in DeepSeek-V3 (section 3.3.1). `round_weights` does it for good, to read or to serve.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -191,8 +191,8 @@ class Transformer(nn.Module):
         exact = {parameter for module in kept for parameter in module.parameters()}
         return [parameter for parameter in self.parameters() if parameter not in exact]
 
-    def in_bf16(self) -> Self:
-        """This model, its `low_precision_weights` rounded."""
+    def round_weights(self) -> Self:
+        """Round `low_precision_weights` to bf16, in place; returns the model."""
         for weight in self.low_precision_weights():
             weight.data = weight.data.bfloat16()
         return self

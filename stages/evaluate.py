@@ -39,7 +39,7 @@ class EvaluateConfig(Config):
     temperature: float = Field(0.6, ge=0, title="Temperature")
     top_p: float = Field(0.95, gt=0, le=1, title="Top-p")
     max_new_tokens: int = Field(64, ge=1, title="Longest reply")
-    chunk: int = Field(8, ge=1, title="Problems a chunk", description="Generated together; a kill costs one at most")
+    chunk: int = Field(8, ge=1, title="Problems a chunk", description="Generated together, by one seed")
     sequence_length: int = Field(256, ge=1, title="Window", description="Context for bits per byte")
     validation_windows: int = Field(64, ge=1, title="Windows a language", description="For bits per byte")
     trigram_bytes: int = Field(10_000_000, ge=1, title="Trigram bytes", description="Its training text, a language")

@@ -32,12 +32,12 @@ from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.policy_loss import KlEstimator, PolicyObjective
 from stages.rl.prompts import Template, prompt_ids
 from stages.rl.reward_model import load_target
-from stages.rl.rewards import JUDGED, PENALTIES, RewardWeights
+from stages.rl.rewards import JUDGED, PENALTIES, PREFERENCE_MODELS, RewardWeights
 from stages.rl.rollout_store import RolloutStore
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_config
 
-JUDGES = ("reward_model", "harmlessness_model", "process_reward_model")  # inputs
+JUDGES = (*PREFERENCE_MODELS.values(), "process_reward_model")  # inputs
 
 
 class GrpoConfig(Config):
@@ -164,8 +164,8 @@ class GrpoConfig(Config):
     def _general_questions_have_a_reward(self) -> GrpoConfig:
         if self.general_groups and not (self.rewards.preference or self.rewards.harmlessness):
             raise ValueError(
-                "general_groups asks questions without right answers: set rewards.preference, and give a reward_model "
-                "(or harmlessness and its model)"
+                "general_groups asks questions without right answers: set rewards.preference or rewards.harmlessness, "
+                "and give the model of each"
             )
         if self.general_groups >= self.groups_per_step:
             raise ValueError(
@@ -206,16 +206,14 @@ class GrpoConfig(Config):
 )
 def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
     """Improve a checkpoint by group relative policy optimisation on problems with exact answers, and on general prompts
-    that a reward model judges."""
+    that reward models judge."""
     judges = {role: str(inputs[role].path) for role in JUDGES if role in inputs}
     check_judges(config, judges)
     general, said = general_problems(config, inputs)
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
     if not problems:
         raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
-    job = GrpoJob(
-        config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch), **judges, general=general
-    )
+    job = GrpoJob(config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch), judges, general)
     workers = min(ctx.workers, config.groups_per_step // config.rollout_groups)
     rows = [{"step": step, **row} for step, row in enumerate(spmd(learn, job, ctx, workers=workers)[0], start=1)]
     RolloutStore(ctx.scratch / ROLLOUTS).copy(ctx.out, config.keeps)

@@ -12,14 +12,13 @@ from typing import Literal
 
 from infra.config import Field
 from infra.errors import ConfigError, InputError
-from infra.ray import spmd
 from infra.stage import Context, Inputs, one_of, stage
 from stages.corpus.document import fraction
 from stages.problems.problem import Problem
 from stages.rl.preference_tasks import Chain, Steps
 from stages.rl.reward_model import load_target, place_steps
 from stages.rl.rollout import read_rollouts
-from stages.rl.step_order import OrderJob, order_replies, share_in_order
+from stages.rl.step_order import order
 from stages.rl.steps import split_steps
 from stages.tokens.bpe import load_tokenizer
 from stages.training.checkpoint import load_config
@@ -73,7 +72,6 @@ def train_process_reward_model(config: TrainProcessRewardModelConfig, inputs: In
         scratch=str(ctx.scratch),
     )
     summary = summarize_examples(job, launch_examples(job, ctx))
-    pairs = itertools.chain.from_iterable(spmd(order_replies, OrderJob(str(ctx.out), heldout), ctx))
-    if order := share_in_order(sorted(pairs), config.seed):
-        summary |= {f"heldout_order{end}": round(getattr(order, name), 4) for end, name in ENDS.items()}
+    if ordered := order(str(ctx.out), heldout, ctx):
+        summary |= {f"heldout_order{end}": round(getattr(ordered, name), 4) for end, name in ENDS.items()}
     return summary | {"target": "steps", "replies": replies, "steps_learnt": sum(len(chain.places) for chain in train)}

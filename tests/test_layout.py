@@ -124,8 +124,11 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
 def test_the_readme_tells_what_every_stage_takes_and_makes(name: str) -> None:
     stage = stages.load(name)
 
+    kinds = [taken.kind for taken in stage.takes.values()]
+
     def written(role: str, taken: Role) -> str:
-        return f"{taken.kind}{' (many)' if taken.many else ''}{' (optional)' if taken.optional else ''}"
+        name = f"{role}: {taken.kind}" if kinds.count(taken.kind) > 1 else taken.kind
+        return f"{name}{' (many)' if taken.many else ''}{' (optional)' if taken.optional else ''}"
 
     takes = ", ".join(written(role, taken) for role, taken in stage.takes.items()) or "—"
     assert f"| `{name}` | {takes} | {stage.makes} |" in README

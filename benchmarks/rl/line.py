@@ -4,10 +4,10 @@
     python benchmarks/rl/line.py --recipe h100
 
 Takes `tokenize@latest` and the API reference from the store of the working folder, as `benchmarks/training/base.py`
-does, and makes the nodes of the line from the base to R1, with an evaluation behind each that rewards taught: what is
-finished is reused, what was killed goes on. Base and policy see no longer context than replies need, so the context
-extension is left out. Writes results/RECIPE_line.json beside this file, or into --out: pass@1 with intervals before and
-after, and the curves of reward, accuracy, reply length and the rest of each RL run, with their plots.
+does, and makes the nodes of the line from the base to R1, with evaluations of five of them: what is finished is reused,
+what was killed goes on. Base and policy see no longer context than replies need, so the context extension is left out.
+Writes results/RECIPE_line.json beside this file, or into --out: pass@1 and paired gains with intervals over problems,
+and the curves of reward, accuracy, reply length and the rest of each RL run, with their plots.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from flows.recipes import load_recipe
 from infra.artifact import Artifact
 from infra.settings import Settings
 from infra.store import ArtifactStore
+from stages.evaluation.claims import Claim, judge
+from stages.report import read_evaluation
 
 RL = ("r1_zero", "reasoning_rl", "final_rl")
+GAINS = (("r1_zero", "base"), ("reasoning_rl", "cold_start"), ("r1", "base"))
 NODES = (
     *("generate_problems", "pretrain", "evaluate_base"),
     *("r1_zero", "evaluate_r1_zero", "sample_zero", "cold_start_samples"),
@@ -49,7 +52,7 @@ def node(name: str) -> Node:
 
 
 def evaluation(name: str, artifact: Artifact) -> dict[str, Any]:
-    """pass@1 of all problems as a row, beside that of the checkpoint that the run began with."""
+    """pass@1 of all problems as a row."""
     figures = json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))["problems"]
     return {"case": f"{name}, {figures[0]['problems']} problems", "metric": "pass@1", "ours": figures[0]["pass_1"]}
 
@@ -78,6 +81,14 @@ def main() -> None:
     rows = [
         {**evaluation(name.removeprefix("evaluate_"), artifact), "anchors": {}} for name, artifact in reports.items()
     ]
+    evaluations = {(found := read_evaluation(artifact)).name: found for artifact in reports.values()}
+    for left, right in GAINS:
+        if {left, right} <= evaluations.keys():
+            gain = judge(Claim(left=left, right=right), evaluations)
+            interval = {"low_95_over_problems": gain.low, "high_95_over_problems": gain.high}
+            rows.append(
+                {"case": f"{left} over {right}", "metric": "pass@1", "ours": gain.difference, "anchors": interval}
+            )
     for name in filter(made.get, RL):
         summary = made[name].manifest.summary
         case = f"{name}, {summary['steps']} steps"

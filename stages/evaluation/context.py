@@ -58,7 +58,7 @@ def measure_context(job: ContextJob, report: Report) -> ContextMeasure:
         config = load_config(job.checkpoint).model_copy(update={"max_position": longest})
         model = load_weights(Transformer(config).to(ranks.device), job.checkpoint).eval()
         if job.precision == "bf16":
-            model.in_bf16()
+            model.round_weights()
         loader = PackedLoader(job.tokens, "validation", longest, 1, job.seed, documents=LongDocuments())
         bytes_V = np.array([len(spelled) for spelled in token_bytes(Path(job.tokens))])
         windows = spread(loader, min(job.windows, loader.n_windows))

@@ -135,7 +135,7 @@ def load_teacher(directory: str, device: torch.device, rounded: bool) -> Transfo
     """A frozen model that reads; bf16 but for norms and gates if `rounded`, as the student trains then."""
     model = load_model(directory, str(device)).requires_grad_(False)
     model.mtp, model.config = torch.nn.ModuleList(), model.config.replace(n_mtp=0)
-    return model.in_bf16() if rounded else model
+    return model.round_weights() if rounded else model
 
 
 def require_same_tokenizer(student: str, teacher: str) -> None:

@@ -20,7 +20,7 @@ from stages.rl.steps import split_steps
 from stages.tokens.bpe import Tokenizer
 
 
-class Preferring(NamedTuple):
+class WeightedModel(NamedTuple):
     """A preference model, and what a point of it is worth."""
 
     model: RewardModel
@@ -29,16 +29,16 @@ class Preferring(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Judges:
-    """The models that are there: preference models by their names in `rewards.JUDGED`, and a process model."""
+    """The models that are there: preference models by their names in `rewards`, and a process model."""
 
-    preferring: Mapping[str, Preferring] = dataclasses.field(default_factory=dict)
+    preference: Mapping[str, WeightedModel] = dataclasses.field(default_factory=dict)
     process: RewardModel | None = None
     open_only: bool = False  # preference models leave problems with right answers to the rules
 
     def judge(self, rollouts: Sequence[Rollout], tokenizer: Tokenizer) -> list[Rollout]:
         """The rollouts with what the models say of them."""
         judged = list(rollouts)
-        for name, (model, weight) in self.preferring.items():
+        for name, (model, weight) in self.preference.items():
             points = iter(_points(model, [rollout for rollout in judged if self._prefers(rollout)]))
             judged = [_paid(one, name, next(points), weight) if self._prefers(one) else one for one in judged]
         if self.process:
@@ -57,13 +57,13 @@ class Judges:
     @property
     def names(self) -> list[str]:
         """Those of `rewards.JUDGED` that they give."""
-        return [*self.preferring, *(["process"] if self.process else [])]
+        return [*self.preference, *(["process"] if self.process else [])]
 
     def flops(self, rollouts: Sequence[Rollout]) -> float:
         """What judging them costs."""
         preferred = [rollout for rollout in rollouts if self._prefers(rollout)]
         stepped = [rollout for rollout in rollouts if not rollout.problem.open]
-        asked = [(judge.model, preferred) for judge in self.preferring.values()]
+        asked = [(judge.model, preferred) for judge in self.preference.values()]
         asked += [(self.process, stepped)] if self.process else []
         return sum(forward_flops(judge.model.config, said, head=False) for judge, said in asked)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,9 +37,10 @@ from stages.rl.credit import flat_groups, token_advantages, token_rewards
 from stages.rl.engines import open_engine
 from stages.rl.engines.base import Sampling
 from stages.rl.explore import Asking, Explorer
-from stages.rl.judges import Judges, Preferring
+from stages.rl.judges import Judges, WeightedModel
 from stages.rl.questions import Questions
 from stages.rl.reward_model import load_reward_model
+from stages.rl.rewards import PREFERENCE_MODELS
 from stages.rl.rollout import Rollout, forward_flops
 from stages.rl.rollout_store import RolloutStore
 from stages.rl.tally import Tally
@@ -61,9 +63,7 @@ class GrpoJob:
     problems: tuple[Problem, ...]
     out: str
     scratch: str
-    reward_model: str | None = None
-    harmlessness_model: str | None = None
-    process_reward_model: str | None = None
+    judges: Mapping[str, str] = dataclasses.field(default_factory=dict)  # folders of reward models, by input
     general: tuple[Problem, ...] = ()  # open ones, asked beside the others
 
 
@@ -100,14 +100,14 @@ class Learner:
             job.problems, config.groups_per_step - config.general_groups, config.seed, beside=beside
         )
         self.rollouts = RolloutStore(Path(job.scratch) / ROLLOUTS)
-        folders = {"preference": job.reward_model, "harmlessness": job.harmlessness_model}
+        judges = {role: load_reward_model(folder, device) for role, folder in job.judges.items()}
         self.judges = Judges(
             {
-                name: Preferring(load_reward_model(folder, device), getattr(config.rewards, name))
-                for name, folder in folders.items()
-                if folder
+                name: WeightedModel(judges[role], getattr(config.rewards, name))
+                for name, role in PREFERENCE_MODELS.items()
+                if role in judges
             },
-            load_reward_model(job.process_reward_model, device) if job.process_reward_model else None,
+            judges.get("process_reward_model"),
             open_only=bool(job.general),
         )
         # What explores: the model itself, or weights of its own that stay as they were while the model learns.

@@ -58,9 +58,9 @@ class RewardModel:
         `<think>` included. Raises InputError from a model of whole replies."""
         if self.target != "steps":
             raise InputError(f"this reward model judges the {self.target}: call score, or train one with label_steps")
-        return self.likely([place_steps(question, steps, self.tokenizer) for question, steps in chains])
+        return self.step_probabilities([place_steps(question, steps, self.tokenizer) for question, steps in chains])
 
-    def likely(self, placed: Sequence[Placed]) -> list[list[float]]:
+    def step_probabilities(self, placed: Sequence[Placed]) -> list[list[float]]:
         """`score_chains` of what `place_steps` gives."""
         return [torch.tensor(values).sigmoid().tolist() for values in self._values(placed)]
 

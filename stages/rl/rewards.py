@@ -73,7 +73,7 @@ class RewardWeights(Config):
         description="What a point of the reward model is worth; of general prompts alone, if given",
     )
     harmlessness: float = Field(
-        0.0, ge=0, title="Harmlessness", description="What a point of the harmlessness model is worth, likewise"
+        0.0, ge=0, title="Harmlessness", description="A point's worth; of general prompts alone, if given"
     )
     tests: float = Field(0.0, ge=0, title="Tests", description="weight of the share of tests that a program passes")
     brevity: float = Field(
@@ -229,8 +229,9 @@ PENALTIES: dict[str, Callable[[Judged, RewardWeights], float]] = {
 RULES = (*REWARDS, *PENALTIES)
 OF_ANSWERS = ("accuracy", "tests")  # rules that an open problem does not have
 NO_VERDICT = Verdict(False, 0.0, "")  # what its replies get instead
-PREFERRED = ("preference", "harmlessness")  # by preference models, each paid by the weight of its name
-JUDGED = (*PREFERRED, "process")  # what models say of a reply (`judges.py`), where there are any
+# What preference models say, each paid by the weight of its name → the input that the model is.
+PREFERENCE_MODELS = {"preference": "reward_model", "harmlessness": "harmlessness_model"}
+JUDGED = (*PREFERENCE_MODELS, "process")  # what models say of a reply (`judges.py`), where there are any
 
 
 def weighted(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) -> float:

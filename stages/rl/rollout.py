@@ -105,8 +105,8 @@ class Rollout:
             row["completion"],
             Score(
                 row["reward"],
-                {name: row[col] for name, col in COLUMNS.items() if row.get(col) is not None},
-                row.get("reason") or "",
+                {name: row[col] for name, col in COLUMNS.items() if row[col] is not None},
+                row["reason"] or "",
             ),
             tuple(zip(row["step_ends"], row["step_rewards"], strict=True)),
         )
@@ -142,18 +142,23 @@ def read_rollouts(folder: Path, columns: Sequence[str] | None = None) -> Iterato
             f"{folder} holds no {FILES}: give a rollouts artifact (stage sample), or a checkpoint of grpo that kept "
             "its rollouts (keep_rollouts_every)"
         )
-    wanted = columns or SCHEMA.names
     for path in paths:
         try:
-            own = pq.read_schema(path).names
-            late = [name for name in LATE if name in wanted and name not in own]
-            there = [name for name in wanted if name not in late]
-            table = pq.read_table(path, columns=there, page_checksum_verification=True)
+            table = read_table(path, columns)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path}: not a file of rollouts, or damaged ({error})") from error
-        for name in late:
-            table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
         yield from table.to_pylist()
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """These columns of `SCHEMA` (or all) in a file; `LATE` ones are null in a file of before."""
+    wanted, own = columns or SCHEMA.names, pq.read_schema(path).names
+    late = [name for name in LATE if name in wanted and name not in own]
+    there = [name for name in wanted if name not in late]
+    table = pq.read_table(path, columns=there, page_checksum_verification=True)
+    for name in late:
+        table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    return table
 
 
 def why_wrong(rows: Iterable[dict[str, Any]]) -> Counter[str]:

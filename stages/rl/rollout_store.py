@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from stages.rl.rollout import FILES, write_rollouts
+from stages.rl.rollout import FILES, read_table, write_rollouts
 
 
 class RolloutStore:
@@ -36,7 +36,7 @@ class RolloutStore:
         try:
             if (pq.read_schema(path).metadata or {}).get(b"key") != key.encode():
                 return None
-            return pq.read_table(path, page_checksum_verification=True).to_pylist()
+            return read_table(path).to_pylist()
         except (FileNotFoundError, pa.ArrowException, OSError):
             return None
 

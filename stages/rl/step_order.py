@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from infra.metrics import Report
+from infra.ray import spmd
+from infra.stage import Context
 from stages.evaluation.intervals import Interval, bootstrap_share
 from stages.rl.preference_tasks import Chain
 from stages.rl.reward_model import load_reward_model
@@ -26,28 +28,35 @@ class OrderJob:
     replies: Mapping[tuple[str, str], Sequence[Chain]]
 
 
+def order(folder: str, replies: Mapping[tuple[str, str], Sequence[Chain]], ctx: Context) -> Interval | None:
+    """The share of pairs of replies to one question that the model in `folder` puts in the order of their mean labels,
+    with its interval over problems; ½ is chance. None where no two labels differ."""
+    telling = {key: chains for key, chains in replies.items() if len({fmean(chain.labels) for chain in chains}) > 1}
+    if not telling:
+        return None
+    pairs = sorted(pair for share in spmd(order_replies, OrderJob(folder, telling), ctx) for pair in share)
+    return bootstrap_share([right for _, right in pairs], [content for content, _ in pairs])
+
+
 def order_replies(job: OrderJob, report: Report) -> list[tuple[str, float]]:
-    """For this rank's share of the questions: (content, 1 if the reply with the better labels has the better scores, ½
-    for a tie, else 0) of each pair of replies whose mean labels differ."""
+    """This rank's share of the questions: (content, `in_order`) of each pair. Nothing is reported: a run that goes on
+    here has reported its training, and counts begin at none."""
     found: list[tuple[str, float]] = []
     with process_group() as ranks:
         judge = load_reward_model(job.folder, str(ranks.device))
-        questions = sorted(job.replies)
-        for number in range(ranks.rank, len(questions), ranks.world):
-            chains = job.replies[questions[number]]
-            scored = judge.likely([(chain.ids, chain.places) for chain in chains])
-            means = [(fmean(chain.labels), fmean(scores)) for chain, scores in zip(chains, scored, strict=True)]
-            for (label, score), (other_label, other_score) in itertools.combinations(means, 2):
-                if label != other_label:
-                    better = (score - other_score) * (label - other_label)
-                    found.append((questions[number][0], 0.5 if better == 0 else float(better > 0)))
-            report(min(number + ranks.world, len(questions)), len(questions), "questions")
+        for content, question in sorted(job.replies)[ranks.rank :: ranks.world]:
+            chains = job.replies[content, question]
+            scored = judge.step_probabilities([(chain.ids, chain.places) for chain in chains])
+            labels, scores = [fmean(chain.labels) for chain in chains], [fmean(steps) for steps in scored]
+            found += [(content, right) for right in in_order(labels, scores)]
     return found
 
 
-def share_in_order(pairs: Sequence[tuple[str, float]], seed: int) -> Interval | None:
-    """Their mean with its interval over problems; None of no pairs. A model that is blind to replies is at ½."""
-    if not pairs:
-        return None
-    contents, right = zip(*pairs, strict=True)
-    return bootstrap_share(right, contents, seed)
+def in_order(labels: Sequence[float], scores: Sequence[float]) -> list[float]:
+    """For each pair of different labels: 1 if the greater has the greater score, ½ if both have the same, else 0."""
+    found = []
+    for (label, score), (other_label, other_score) in itertools.combinations(zip(labels, scores, strict=True), 2):
+        if label != other_label:
+            agreement = (label - other_label) * (score - other_score)
+            found.append(0.5 if agreement == 0 else float(agreement > 0))
+    return found

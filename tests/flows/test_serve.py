@@ -19,13 +19,16 @@ import torch
 from starlette.testclient import TestClient
 
 from flows.environment import answers
-from flows.serve import serve
+from flows.serve import native_engine, serve
+from flows.server.app import Service, make_app
 from flows.server.engine import Engine, EngineFailed
 from flows.server.protocol import Choice
 from infra.errors import InputError
 from infra.settings import Settings
 from infra.store import ArtifactStore
 from model.batch import Request
+from model.cache import Float8Cache
+from model.float8 import in_float8
 from model.generate import Generator
 from model.transformer import Transformer
 from stages.tokens.bpe import Tokenizer, load_tokenizer
@@ -73,22 +76,26 @@ def client(address: str) -> Any:
     return openai.OpenAI(base_url=address, api_key="none", max_retries=0)
 
 
-def test_a_server_in_float8_says_nearly_what_an_exact_one_says(
-    client: Any, chat_store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    apps: list[Any] = []
-    monkeypatch.setattr("uvicorn.run", lambda app, **_: apps.append(app))
-    serve(chat_store, Settings(), MODEL, "127.0.0.1", 1, None, speculate=False, float8=True, max_batch=4)
+def test_a_server_in_fp8_says_nearly_what_an_exact_one_says(client: Any, chat_store: ArtifactStore) -> None:
+    folder = chat_store.get(MODEL).path
+    engine = native_engine(folder, speculate=False, fp8=True, max_batch=4)
+    assert {type(cache) for cache in engine._batch._caches} == {Float8Cache}
+    computing = [module for module in engine.model.modules() if hasattr(module, "float8")]
+    assert [in_float8(module) for module in computing].count(False) == 1, "the head alone is exact"
     asked = {"model": MODEL, "messages": QUESTION, "temperature": 0, "logprobs": True}
     exact = client.chat.completions.create(**asked).choices[0]
-    with TestClient(apps[0]) as session:
+    with TestClient(make_app(Service(engine, load_tokenizer(folder), [MODEL]))) as session:
         choice = session.post("/v1/chat/completions", json=asked).json()["choices"][0]
     assert choice["message"]["content"] == exact.message.content
     scores = [[entry.logprob for entry in exact.logprobs.content]]
     scores.append([entry["logprob"] for entry in choice["logprobs"]["content"]])
     assert scores[0] != scores[1] == pytest.approx(scores[0], abs=0.2)
+
+
+def test_fp8_is_our_own_engines(chat_store: ArtifactStore) -> None:
+    options = {"host": "127.0.0.1", "port": 1, "speculate": False, "max_batch": 4}
     with pytest.raises(InputError, match="our own engine's"):
-        serve(chat_store, Settings(), MODEL, "127.0.0.1", 1, "vllm", speculate=False, float8=True, max_batch=4)
+        serve(chat_store, Settings(), MODEL, engine="vllm", fp8=True, **options)
 
 
 def test_the_models_list_names_the_tag_and_the_artifact(client: Any, chat_store: ArtifactStore) -> None:

@@ -73,7 +73,7 @@ def test_a_compiled_model_is_one_graph_that_learns_as_an_eager_one(monkeypatch, 
     torch.manual_seed(0)
     eager = Transformer(CONFIG.replace(n_mtp=0)).to(device)
     if device == "cuda":
-        eager.in_bf16()
+        eager.round_weights()
     models = eager, copy.deepcopy(eager), copy.deepcopy(eager)
     for model in models[:2]:
         use_float8(model)
@@ -130,11 +130,11 @@ def test_a_served_model_quantises_its_weights_once_and_decodes_what_it_scores(mo
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_float8_products_on_a_float8_cache_decode_near_what_the_exact_model_scores(model, device, speculate):
-    """As `fathom serve --float8` decodes: on CUDA with the kernels, by recorded steps, the rest in bf16."""
+    """As `fathom serve --fp8` decodes: on CUDA with the kernels, by recorded steps, the rest in bf16."""
     exact = copy.deepcopy(model)
     model.to(device)
     if device == "cuda":
-        model.in_bf16()
+        model.round_weights()
     use_float8(model, always=True)
     prompts = [torch.randint(64, (length,)).tolist() for length in (3, 9, 6, 30, 1)]
     replies = Generator(model, max_batch=3, speculate=speculate, cache_dtype="float8").generate(

@@ -40,7 +40,7 @@ COMPARE = """
         torch.manual_seed(0)
         model, recompute = Transformer(CONFIG).to(device), Recompute(recompute)
         if DEVICE == "cuda":
-            model.in_bf16()
+            model.round_weights()
         recompute.attach(model)
         if not late:
             use_float8(model)

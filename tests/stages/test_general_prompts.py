@@ -24,11 +24,11 @@ from stages.make_preferences import MakePreferencesConfig, make_preferences
 from stages.problems.problem import Problem, write_problems
 from stages.rejection_sample import RejectionSampleConfig, rejection_sample
 from stages.rl.general import open_problems
-from stages.rl.judges import Judges, Preferring
+from stages.rl.judges import Judges, WeightedModel
 from stages.rl.learner import GrpoJob, learn
 from stages.rl.preferences import Preference, read_preferences, write_preferences
 from stages.rl.reward_model import load_reward_model, save_reward_model
-from stages.rl.rewards import JUDGED, PREFERRED, RewardWeights, score
+from stages.rl.rewards import JUDGED, PREFERENCE_MODELS, RewardWeights, score
 from stages.rl.rollout import Rollout, read_rollouts, write_rollouts
 from stages.tokens.bpe import load_tokenizer
 from stages.train_reward_model import TrainRewardModelConfig, train_reward_model
@@ -120,8 +120,8 @@ def test_models_judge_what_they_are_for_open_problems_by_preference_and_steps_th
         Rollout(problem, [1], ids, [0.0] * len(ids), True, REPLY, score(problem, REPLY, True, RewardWeights()))
         for problem in (OPEN, bandit_problems[0])
     ]
-    preferring = {"preference": Preferring(helpful, 2.0), "harmlessness": Preferring(harmless, 0.5)}
-    all_three = Judges(preferring, process, open_only=True)
+    preference = {"preference": WeightedModel(helpful, 2.0), "harmlessness": WeightedModel(harmless, 0.5)}
+    all_three = Judges(preference, process, open_only=True)
     open_one, verified = all_three.judge(rollouts, tokenizer)
     points = open_one.score.rules
     assert points["preference"] != points["harmlessness"]
@@ -133,8 +133,8 @@ def test_models_judge_what_they_are_for_open_problems_by_preference_and_steps_th
         ["harmlessness", "preference"],
         ["process"],
     ]
-    everywhere = Judges(preferring)
-    assert all({*preferring} <= one.score.rules.keys() for one in everywhere.judge(rollouts, tokenizer))
+    everywhere = Judges(preference)
+    assert all({*preference} <= one.score.rules.keys() for one in everywhere.judge(rollouts, tokenizer))
     assert all_three.flops(rollouts) == pytest.approx(everywhere.flops(rollouts) * 3 / 4)  # models of one size
 
 
@@ -155,9 +155,11 @@ def job(bandit_base, bandit_problems, judge, tmp_path):
             path.mkdir(parents=True)
         general = tuple(dataclasses.replace(OPEN, id=f"open-{n}", question=f"so {n}.") for n in range(3))
         config = GrpoConfig(**{**OPTIONS, **options})
-        where = (str(bandit_base), bandit_problems, str(out), str(scratch), str(judge("answer")))
-        harmless = str(judge("response")) if config.rewards.harmlessness else None
-        return GrpoJob(config, *where, harmless, general=general)
+        where = (str(bandit_base), bandit_problems, str(out), str(scratch))
+        judges = {"reward_model": str(judge("answer"))}
+        if config.rewards.harmlessness:
+            judges["harmlessness_model"] = str(judge("response"))
+        return GrpoJob(config, *where, judges, general)
 
     return make
 
@@ -182,9 +184,9 @@ def test_every_step_asks_its_share_of_general_prompts_and_each_measure_is_of_tho
         others = [reply for reply in replies if reply["family"] != "general"]
         assert len(general) == len(others) == 8
         assert {reply["accuracy"] for reply in general} == {None}
-        assert {reply[points] for reply in others for points in PREFERRED} == {None}
+        assert {reply[points] for reply in others for points in PREFERENCE_MODELS} == {None}
         assert row["accuracy"] == row["accuracy_en"] == sum(reply["accuracy"] for reply in others) / 8
-        for points in PREFERRED:
+        for points in PREFERENCE_MODELS:
             assert row[points] == pytest.approx(sum(reply[points] for reply in general) / 8)
         assert row["format"] == sum(reply["format"] for reply in replies) / 16
     asked = [reply["problem_id"] for reply in kept(given)[:: given.config.group_size]]
@@ -239,7 +241,7 @@ def test_inputs_and_options_go_together_and_general_questions_need_a_reward(band
         "problems": Artifact.local(tmp_path, "problems"),
         "reward_model": Artifact.local(judge("answer"), "reward_model"),
     }
-    with pytest.raises(ConfigError, match=r"without right answers: set rewards\.preference"):
+    with pytest.raises(ConfigError, match=r"without right answers: set rewards\.preference or"):
         GrpoConfig.parse({"general_groups": 1})
     with pytest.raises(ConfigError, match="leaves no problem of groups_per_step=32"):
         GrpoConfig.parse({**GENERAL, "general_groups": 32})

@@ -12,7 +12,7 @@ from stages.rl.preference_tasks import Chain
 from stages.rl.prompts import prompt_ids
 from stages.rl.reward_model import load_reward_model, save_reward_model
 from stages.rl.rollout import SCHEMA, read_rollouts, write_rollouts
-from stages.rl.step_order import OrderJob, order_replies, share_in_order
+from stages.rl.step_order import in_order, order
 from stages.rl.steps import split_steps
 from stages.tokens.bpe import load_tokenizer
 from stages.train_process_reward_model import TrainProcessRewardModelConfig, train_process_reward_model
@@ -140,17 +140,15 @@ def test_replies_to_one_problem_are_in_order_where_the_better_labels_have_the_be
     def chain(said, label):
         return Chain([*question, *tokenizer.encode(said)], [len(question)], [label])
 
-    def order(*chains):
-        job = OrderJob(str(tmp_path), {("1", "Pull 1."): chains})
-        return [right for _, right in order_replies(job, lambda *_, **__: None)]
+    def found(*chains):
+        return order(str(tmp_path), {("1", "Pull 1."): chains, ("2", "Pull 2."): chains[:1]}, Context.local(tmp_path))
 
     judge = load_reward_model(tmp_path)
-    worse, better = sorted("78", key=lambda said: judge.likely([(chain(said, 0.0).ids, [len(question)])]))
-    assert order(chain(worse, 0.0), chain(better, 0.5)) == [1.0]
-    assert order(chain(worse, 1.0), chain(better, 0.5)) == [0.0]
-    assert order(chain(worse, 0.5), chain(better, 0.5)) == []
-    assert share_in_order([("1", 1.0), ("1", 0.0), ("2", 1.0), ("2", 1.0)], 0).mean == 0.75
-    assert share_in_order([], 0) is None
+    worse, better = sorted("78", key=lambda said: judge.step_probabilities([(chain(said, 0.0).ids, [len(question)])]))
+    assert found(chain(worse, 0.0), chain(better, 0.5)).mean == 1
+    assert found(chain(worse, 1.0), chain(better, 0.5)).mean == 0
+    assert found(chain(worse, 0.5), chain(better, 0.5)) is None
+    assert in_order([0.0, 0.5, 1.0, 1.0], [0.1, 0.1, 0.4, 0.0]) == [0.5, 1, 0, 1, 0]
 
 
 def test_what_has_no_steps_or_no_labels_is_refused(policy, row, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from infra.errors import InputError
-from stages.rl.judges import Judges, Preferring
+from stages.rl.judges import Judges, WeightedModel
 from stages.rl.reward_model import RewardModel, judged, load_reward_model, place_reply, place_steps, save_reward_model
 from stages.rl.rewards import Score
 from stages.rl.rollout import Rollout
@@ -119,7 +119,7 @@ def test_a_reply_that_the_model_never_learnt_to_judge_is_worth_the_least(scored,
     rollouts = [
         Rollout(bandit_problems[0], [1], [2], [0.0], text != "<think>so", text, Score(0.5, {})) for text in texts
     ]
-    judges = Judges({"preference": Preferring(scored("answer"), 2.0)})
+    judges = Judges({"preference": WeightedModel(scored("answer"), 2.0)})
     paid = judges.judge(rollouts, scored("answer").tokenizer)
     points = [rollout.score.rules["preference"] for rollout in paid]
     assert len(set(points[:4])) == 4
