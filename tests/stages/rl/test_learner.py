@@ -115,7 +115,7 @@ def test_the_points_of_a_reward_model_are_learnt_and_kept(job, bandit_base, tmp_
     folder = judge(tmp_path / "judge", bandit_base, "answer")
     rewards = {"accuracy": 0, "format": 0, "preference": 0.5}
     given = job(tmp_path, steps=10, rewards=rewards, kl_coefficient=0.0, keep_rollouts_every=9)
-    rows = learn(dataclasses.replace(given, reward_model=folder), silent)
+    rows = learn(dataclasses.replace(given, judges={"reward_model": folder}), silent)
     assert sum(row["preference"] for row in rows[-3:]) / 3 > sum(row["preference"] for row in rows[:3]) / 3
     assert rows[0]["reward"] == pytest.approx(0.5 * rows[0]["preference"])
     kept = [row for row in read_rollouts(tmp_path / "scratch/rollouts") if row["step"] == 1]
@@ -129,7 +129,7 @@ def test_process_supervision_learns_what_a_process_model_rewards(job, bandit_bas
     folder = judge(tmp_path / "judge", bandit_base, "steps")
     options = {"rewards": {"accuracy": 0, "format": 0}, "supervision": "process", "kl_coefficient": 0.0}
     given = job(tmp_path, steps=10, keep_rollouts_every=9, **options)
-    rows = learn(dataclasses.replace(given, process_reward_model=folder), silent)
+    rows = learn(dataclasses.replace(given, judges={"process_reward_model": folder}), silent)
     assert sum(row["process"] for row in rows[-3:]) / 3 > sum(row["process"] for row in rows[:3]) / 3
     assert rows[0]["reward"] == 0
     for row in read_rollouts(tmp_path / "scratch/rollouts"):
@@ -144,7 +144,7 @@ def test_the_credit_of_a_step_changes_what_is_learnt_and_not_what_was_said(loss,
     for credit in ("sum", "progress"):
         options = {"supervision": "process", "step_credit": credit, "loss": loss}
         given = job(tmp_path / credit, steps=2, keep_rollouts_every=1, **options)
-        rows[credit] = learn(dataclasses.replace(given, process_reward_model=folder), silent)
+        rows[credit] = learn(dataclasses.replace(given, judges={"process_reward_model": folder}), silent)
         kept[credit] = [row for row in read_rollouts(tmp_path / credit / "scratch/rollouts") if row["step"] == 1]
     assert kept["sum"] == kept["progress"]
     assert rows["sum"][0]["accuracy"] == rows["progress"][0]["accuracy"]
