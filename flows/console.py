@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -26,11 +26,9 @@ def console(stderr: bool = False) -> Console:
 
 
 class RunView:
-    """Prints a run as it goes: one line a node, and between them counts, rate and time left. Whatever it is told, it
-    first calls `check`, which may raise."""
+    """Prints a run as it goes: one line a node, and between them counts, rate and time left."""
 
-    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
-        self._check = check
+    def __init__(self) -> None:
         self.console = console(stderr=True)
         self.rows: list[tuple[str, str, Artifact, float]] = []
         self._status: Status | None = None
@@ -39,14 +37,12 @@ class RunView:
         self._name, self._count = "", ""
 
     def planned(self, plan: Plan) -> None:
-        self._check()
         steps = [step for step in plan.steps if step.chosen]
         runs = sum(step.state == "run" for step in steps)
         reused = sum(step.state == "reuse" for step in steps)
         self.console.print(f"{plan.pipeline.name}, recipe {plan.recipe}: {runs} to run, {reused} to reuse")
 
     def started(self, step: Step, number: int, total: int) -> None:
-        self._check()
         self._name, self._count = step.node.name, f"[{number}/{total}] "
         self._node_began = time.monotonic()
         self._printed = 0.0
@@ -58,7 +54,6 @@ class RunView:
             self.console.print(escape(f"{self._count}{self._name}{why}"))
 
     def progress(self, progress: Progress) -> None:
-        self._check()
         now = time.monotonic()
         text = escape(f"{self._count}{self._name}: {progress}, {now - self._node_began:.0f} s")
         if self._status:
@@ -68,7 +63,6 @@ class RunView:
             self.console.print(text)
 
     def done(self, artifact: Artifact, reused: bool, drifted: bool) -> None:
-        self._check()
         self.close()
         seconds = time.monotonic() - self._node_began
         name = self._name or artifact.manifest.stage

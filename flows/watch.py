@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -43,48 +41,21 @@ def watch(flow: Any, **parameters: Any) -> None:
     from flows.progress import LISTENER
 
     settings = Settings.load()
-    with insistent_interrupts() as check:
-        view = RunView(check)
-        token = LISTENER.set(view)
-        try:
-            flow(**parameters)
-        except TerminationSignal:
-            raise typer.Exit(TERMINATED) from None
-        finally:
-            LISTENER.reset(token)
-            view.close()
-            if "ray" in sys.modules:
-                from infra.ray import shutdown
+    view = RunView()
+    token = LISTENER.set(view)
+    try:
+        flow(**parameters)
+    except TerminationSignal:
+        raise typer.Exit(TERMINATED) from None
+    finally:
+        LISTENER.reset(token)
+        view.close()
+        if "ray" in sys.modules:
+            from infra.ray import shutdown
 
-                shutdown()
+            shutdown()
     server = server_address(open_store(settings))
     where = {"show": "fathom artifacts show ID"}
     if server:
         where |= {"Prefect": server.removesuffix("/api"), "explorer": explorer_address(settings)}
     view.summary(where)
-
-
-@contextmanager
-def insistent_interrupts() -> Iterator[Callable[[], None]]:
-    """A function that raises KeyboardInterrupt if a SIGINT has come: the first time it may have been lost, for Python
-    drops what is raised in a destructor or in another library's callback."""
-    asked = False
-
-    def interrupt(*_: object) -> None:
-        nonlocal asked
-        asked = True
-        raise KeyboardInterrupt
-
-    def check() -> None:
-        if asked:
-            raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored, as behind nohup, or somebody else's
-        yield check
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)

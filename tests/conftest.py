@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -36,6 +37,10 @@ os.environ |= {
     "RAY_AUTH_MODE": "disabled",
     "MPLBACKEND": "Agg",
 }
+
+
+# A job that a shell puts in the background ignores SIGINT, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from flows.cli import app
-from flows.console import RunView
 from flows.environment import prepare
-from flows.watch import insistent_interrupts
 from infra.errors import StoreError
-from infra.metrics import Progress
 from infra.store import ArtifactStore
 
 
@@ -231,19 +227,3 @@ def test_help_has_an_example(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert "fathom " in result.output
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interrupt_that_a_destructor_swallows_comes_again() -> None:
-    class Handle:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with insistent_interrupts() as check:
-        view = RunView(check)
-        view.progress(Progress(1, 2, "numbers", 0.0, None, {}))
-        Handle()
-        with pytest.raises(KeyboardInterrupt):
-            view.progress(Progress(2, 2, "numbers", 0.0, None, {}))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
