@@ -57,6 +57,8 @@ def _keeping_sigterm() -> Iterator[None]:
 
 
 def _connect(ray: Any, settings: Settings) -> None:
+    import torch
+
     address = settings.ray_address or os.environ.get("RAY_ADDRESS")
     if address:
         try:
@@ -66,9 +68,7 @@ def _connect(ray: Any, settings: Settings) -> None:
         return
     # A token file that any earlier Ray left behind turns authentication on; a private local session needs none.
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    import torch
-
-    for tries_left in (1, 0):
+    for tries_left in (1, 0):  # its processes may come up too late on a crowded machine, and in time at once afterwards
         try:
             ray.init(
                 num_cpus=max(cores(), settings.workers),
@@ -79,7 +79,7 @@ def _connect(ray: Any, settings: Settings) -> None:
                 object_store_memory=_object_store_bytes(settings),
             )
             return
-        except Exception as error:  # all that Ray raises when its processes are not up in 30 s, as on a crowded machine
+        except Exception as error:  # all that Ray raises when its processes are not up in 30 s
             if not tries_left:
                 raise StageFailed(f"a local Ray did not start: {error}") from error
             ray.shutdown()
