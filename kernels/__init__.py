@@ -10,7 +10,7 @@ from kernels.dispatch import implementation
 from kernels.divergence import divergence, linear_divergence
 from kernels.eager import NO_TARGET, join_master, split_master
 from kernels.grouped import Permutation, compact, grouped_gemm, layout, permutation, permute, permute_gates, unpermute
-from kernels.inference import routed_experts
+from kernels.inference import latent_attention, routed_experts
 from kernels.log_probs import linear_cross_entropy, linear_log_probs
 from kernels.reference import PREFIX, RoutingRule
 
@@ -28,6 +28,7 @@ __all__ = [
     "implementation",
     "join_master",
     "keys_and_values",
+    "latent_attention",
     "layout",
     "linear_cross_entropy",
     "linear_divergence",

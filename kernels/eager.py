@@ -213,3 +213,18 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 def join_master(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 tensor that `split_master` took apart."""
     return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+
+
+def latent_attention(
+    q_BTHL: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, rank: int, scale: float
+) -> Tensor:
+    """Each token's heads over its row's cache, [B, T, H, C]: a slot is a key, and a value without its rotary part.
+
+    The mask, added to the scores (0 or -inf), shows a token the slots up to its position.
+    """
+    # Tokens stand where heads would and heads where a sequence would: all of them read one cache. Keys and values are
+    # both the cache itself (a fused kernel wants equal widths): the sum's rotary part is computed and dropped.
+    cached_BTSL = cached_BSL[:, None].expand(-1, q_BTHL.shape[1], -1, -1)
+    mask_BTHS = mask_BTS[:, :, None]
+    y_BTHL = F.scaled_dot_product_attention(q_BTHL, cached_BTSL, cached_BTSL, attn_mask=mask_BTHS, scale=scale)
+    return y_BTHL[..., :rank]

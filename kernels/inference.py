@@ -14,7 +14,7 @@ from kernels.dispatch import implementation
 from kernels.eager import swiglu
 from kernels.reference import rms_norm
 
-__all__ = ["apply_rope", "rms_norm", "routed_experts", "swiglu"]
+__all__ = ["apply_rope", "latent_attention", "rms_norm", "routed_experts", "swiglu"]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -42,3 +42,10 @@ def routed_experts(
     row_R = torch.empty_like(pair_P)
     row_R[pair_P] = torch.arange(len(pair_P), device=x_ND.device)
     return implementation(y_PD).gather_sum(y_PD, row_R, len(x_ND))
+
+
+def latent_attention(
+    q_BTHL: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, rank: int, scale: float
+) -> Tensor:
+    """`eager.latent_attention`."""
+    return implementation(q_BTHL).latent_attention(q_BTHL, cached_BSL, position_BT, mask_BTS, rank, scale)

@@ -143,17 +143,15 @@ class LatentAttention(nn.Module):
         q_NHn, q_NHr = q_BTHd.flatten(0, 1).split([self.nope_dim, self.rope_dim], dim=-1)
         q_HNC = torch.bmm(q_NHn.transpose(0, 1), key_HnC)
         q_NHL = torch.cat([q_HNC.transpose(0, 1), q_NHr], dim=-1)
-        # Tokens stand where heads would and heads where a sequence would: all of them read one cache. Keys and values
-        # are both the cache itself (a fused kernel wants equal widths): the sum's rotary part is computed and dropped.
-        cached_BTSL = cache.read(batch, step.mask_BTS.shape[-1])[:, None].expand(-1, length, -1, -1)
-        y_BTHL = F.scaled_dot_product_attention(
+        y_BTHC = kernels.latent_attention(
             q_NHL.view(batch, length, self.n_heads, -1),
-            cached_BTSL,
-            cached_BTSL,
-            attn_mask=step.mask_BTS[:, :, None],
-            scale=self.scale,
+            cache.read(batch, step.mask_BTS.shape[-1]),
+            step.position_BT,
+            step.mask_BTS,
+            self.rank,
+            self.scale,
         )
-        y_HNC = y_BTHL.flatten(0, 1)[..., : self.rank].transpose(0, 1)
+        y_HNC = y_BTHC.flatten(0, 1).transpose(0, 1)
         y_HNv = torch.bmm(y_HNC, value_HvC.transpose(1, 2))
         return self.out(y_HNv.permute(1, 0, 2).flatten(1)).view(batch, length, -1)
 

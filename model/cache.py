@@ -21,10 +21,11 @@ from model.rope import Rotation
 
 
 class Step(NamedTuple):
-    """T new tokens of each row, the same for every layer: their rotations [B, T, R/2], the flat slots that they are
-    kept in [B·T], and what is added to the scores of each over the first S slots, 0 or -inf."""
+    """T new tokens of each row, the same for every layer: their rotations [B, T, R/2], their positions, the flat slots
+    that they are kept in [B·T], and what is added to the scores of each over the first S slots, 0 or -inf."""
 
     rope: Rotation
+    position_BT: Tensor
     index_N: Tensor
     mask_BTS: Tensor
 
@@ -45,6 +46,7 @@ class Slots(NamedTuple):
         later_BTS = torch.arange(seen, device=device) > positions_BT[..., None]
         return Step(
             Rotation(self.rope.cos[positions_BT], self.rope.sin[positions_BT]),
+            positions_BT,
             (rows_B1 * self.count + positions_BT).flatten(),
             torch.zeros(later_BTS.shape, dtype=dtype, device=device).masked_fill_(later_BTS, float("-inf")),
         )

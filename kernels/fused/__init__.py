@@ -8,6 +8,7 @@ from kernels.fused.adamw import adamw_step
 from kernels.fused.attention import document_attention, document_attention_backward, visibility
 from kernels.fused.cross_entropy import cross_entropy_gradient
 from kernels.fused.keys import assemble_keys, assemble_keys_backward
+from kernels.fused.latent import latent_attention
 from kernels.fused.layout import layout
 from kernels.fused.permute import gather_sum
 from kernels.fused.rms_norm import add_rms_norm, reciprocal_rms, rms_norm, rms_norm_backward
@@ -24,6 +25,7 @@ __all__ = [
     "document_attention",
     "document_attention_backward",
     "gather_sum",
+    "latent_attention",
     "layout",
     "reciprocal_rms",
     "rms_norm",

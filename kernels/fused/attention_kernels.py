@@ -14,18 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.fused.launch import dot
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)  # not −∞, which less −∞ is NaN: what a row sums up before a visible key, the first erases
-# Triton's interpreter multiplies the bits of bf16 numbers; fp32 it multiplies right.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _dot(a, b, acc):
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -39,8 +32,8 @@ def _tile(desc, rest_desc, batch, head, row, R: tl.constexpr, D: tl.constexpr, E
 @triton.jit
 def _scores(a_RD, a_RE, b_CD, b_CE, acc_RC, E: tl.constexpr):
     """acc + a bᵀ."""
-    acc_RC = _dot(a_RD, b_CD.T, acc_RC)
-    return _dot(a_RE, b_CE.T, acc_RC) if E > 0 else acc_RC
+    acc_RC = dot(a_RD, b_CD.T, acc_RC)
+    return dot(a_RE, b_CE.T, acc_RC) if E > 0 else acc_RC
 
 
 @triton.jit
@@ -123,7 +116,7 @@ def forward(
                 p_MN = tl.exp2(s_MN * scale - higher_M[:, None])
             kept_M = tl.exp2(top_M - higher_M)
             total_M = total_M * kept_M + tl.sum(p_MN, 1)
-            y_MV = _dot(p_MN.to(v_NV.dtype), v_NV, y_MV * kept_M[:, None])
+            y_MV = dot(p_MN.to(v_NV.dtype), v_NV, y_MV * kept_M[:, None])
             top_M = higher_M
     y_ptr += (batch.to(tl.int64) * length * heads + head) * width
     _store(y_ptr, y_MV / total_M[:, None], m, length, heads * width, width, 0, M, V)
@@ -170,11 +163,11 @@ def backward_queries(
                 n = n0 + tl.arange(0, N)
                 visible_MN = (n[None, :] >= start_M[:, None]) | (n < prefix)[None, :]
                 p_MN = tl.where((n[None, :] <= m[:, None]) & visible_MN, p_MN, 0.0)
-            grad_p_MN = _dot(grad_MV, v_NV.T, tl.zeros((M, N), tl.float32))
+            grad_p_MN = dot(grad_MV, v_NV.T, tl.zeros((M, N), tl.float32))
             grad_s_MN = (p_MN * (grad_p_MN - delta_M[:, None])).to(k_ND.dtype)
-            grad_q_MD = _dot(grad_s_MN, k_ND, grad_q_MD)
+            grad_q_MD = dot(grad_s_MN, k_ND, grad_q_MD)
             if E > 0:
-                grad_q_ME = _dot(grad_s_MN, k_NE, grad_q_ME)
+                grad_q_ME = dot(grad_s_MN, k_NE, grad_q_ME)
     grad_q_ptr += (batch.to(tl.int64) * length * heads + head) * width
     _store(grad_q_ptr, grad_q_MD * scale, m, length, heads * width, width, 0, M, D)
     if E > 0:
@@ -219,12 +212,12 @@ def backward_keys(
                 p_NM = tl.exp2(s_NM * (scale * LOG2E))
                 if masked:
                     p_NM = tl.where((m[None, :] >= n[:, None]) & (m[None, :] < end_N[:, None]), p_NM, 0.0)
-                grad_v_NV = _dot(p_NM.to(grad_MV.dtype), grad_MV, grad_v_NV)
-                grad_p_NM = _dot(v_NV, grad_MV.T, tl.broadcast_to(delta_M[None, :], (N, M)))
+                grad_v_NV = dot(p_NM.to(grad_MV.dtype), grad_MV, grad_v_NV)
+                grad_p_NM = dot(v_NV, grad_MV.T, tl.broadcast_to(delta_M[None, :], (N, M)))
                 grad_s_NM = (p_NM * grad_p_NM).to(q_MD.dtype)
-                grad_k_ND = _dot(grad_s_NM, q_MD, grad_k_ND)
+                grad_k_ND = dot(grad_s_NM, q_MD, grad_k_ND)
                 if E > 0:
-                    grad_k_NE = _dot(grad_s_NM, q_ME, grad_k_NE)
+                    grad_k_NE = dot(grad_s_NM, q_ME, grad_k_NE)
     grad_k_ptr += (batch.to(tl.int64) * length * heads + head) * width
     grad_v_ptr += (batch.to(tl.int64) * length * heads + head) * value_width
     _store(grad_k_ptr, grad_k_ND * scale, n, length, heads * width, width, 0, N, D)

@@ -87,6 +87,20 @@ def keys(dtype):
     check("assemble_keys_backward", ours, [x.to(dtype) for x in exact], dtype)
 
 
+def latent(dtype):
+    for b, t, h, s, c, r in [(5, 1, 10, 130, 24, 8), (2, 2, 40, 70, 64, 32), (1, 1, 3, 200, 512, 64)]:
+        q, cache = random(b, t, h, c + r, dtype=dtype), random(b, s + 9, c + r, dtype=dtype)[:, :s]
+        position = torch.randint(s, (b, t), device=DEVICE)
+        position[0, 0], position[-1, -1] = 0, s - 1
+        later = torch.arange(s, device=DEVICE) > position[..., None]
+        mask = torch.zeros(b, t, s, device=DEVICE).masked_fill_(later, float("-inf"))
+        exact = eager.latent_attention(q.float(), cache.float(), position, mask, c, c**-0.5).to(dtype)
+        if b > t == 1:
+            cache[0, 1:] = float("nan")  # which its one token does not see
+        ours = fused.latent_attention(q, cache, position, mask, c, c**-0.5)
+        check(f"latent {b}x{t}x{h} of {s}", [ours], [exact], dtype, times=2)
+
+
 def gather_sum(dtype):
     y, rows = random(50, 96, dtype=dtype), torch.randperm(50, device=DEVICE)[:36]
     exact = eager.gather_sum(y.float(), rows, 12).to(dtype)
@@ -207,7 +221,7 @@ def layout():
 def main():
     torch.empty = poisoned
     for dtype in (torch.float32, torch.bfloat16):
-        for case in (rms_norm, swiglu, rotate, keys, gather_sum, cross_entropy, adamw):
+        for case in (rms_norm, swiglu, rotate, keys, latent, gather_sum, cross_entropy, adamw):
             torch.manual_seed(0)
             case(dtype)
     for case in (route, layout):

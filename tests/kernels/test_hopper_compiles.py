@@ -20,7 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from kernels.fp8 import gemm_gluon, quantize, quantize_gluon, wgrad_gluon  # noqa: E402
 from kernels.fp8.hopper import TILES, WGRAD_STAGES, _layout  # noqa: E402
-from kernels.fused import attention, attention_kernels, router  # noqa: E402
+from kernels.fused import attention, attention_kernels, latent, router  # noqa: E402
 from kernels.fused.layout import BLOCK, SCAN, STEP, _count, _place, _scan  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -183,3 +183,16 @@ def test_attention_multiplies_from_shared_memory_and_lets_products_overlap(name:
     # Two loops, and a wait for each product whose result is read at once: more means one instruction behind the other.
     products = {"forward": 2, "backward_queries": 3, "backward_keys": 4}[name]
     assert made.count(r"WARPGROUP\.DEPBAR\.LE") <= 2 * (products + bool(rest))
+
+
+@pytest.mark.parametrize(("rank", "rope"), [(256, 32), (512, 64)])
+@pytest.mark.parametrize("splits", [1, 8])
+def test_decoding_copies_the_next_slots_while_it_multiplies(rank: int, rope: int, splits: int):
+    types = {f"{name}_ptr": "*bf16" for name in ("q", "cache", "y")}
+    types |= {"position_ptr": "*i64", "part_ptr": "*fp32", "log_sum_ptr": "*fp32", "scale": "fp32"}
+    constants = {"LATENT": rank, "ROPE": rope, "H": latent.HEADS, "C": rank, "R": rope}
+    constants |= {"S": latent.tile(rank), "SPLITS": splits}
+    made = Compiled(latent._attend, types, constants)
+    made.check()
+    assert made.count("HMMA") >= 32
+    assert made.count("LDGSTS") >= 32
