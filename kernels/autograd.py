@@ -13,11 +13,6 @@ from kernels.dispatch import implementation
 from kernels.reference import RoutingRule
 
 
-def _inferring() -> bool:
-    """Whether there is no backward pass to prepare for. A compiler cannot be asked, and drops what nothing reads."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -34,7 +29,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm`."""
-    if _inferring():
+    if inference.suits(x_ND):
         return inference.rms_norm(x_ND, weight_D, eps)
     return _RMSNorm.apply(x_ND, weight_D, eps)
 
@@ -55,7 +50,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 def add_rms_norm(x_ND: Tensor, added_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + added, and `reference.rms_norm` of it: the residual stream behind a layer, and what the next one reads."""
-    if _inferring():
+    if inference.suits(x_ND):
         total_ND = x_ND + added_ND
         return total_ND, inference.rms_norm(total_ND, weight_D, eps)
     return _AddRMSNorm.apply(x_ND, added_ND, weight_D, eps)
@@ -75,7 +70,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up_N2F: Tensor, scale_N: Tensor | None = None) -> Tensor:
     """`reference.swiglu`; keeps its input alone and recomputes the rest, as DeepSeek-V3 does (section 3.2.3)."""
-    if _inferring():
+    if inference.suits(gate_up_N2F):
         return inference.swiglu(gate_up_N2F, scale_N)
     return _SwiGLU.apply(gate_up_N2F, scale_N)
 
@@ -93,7 +88,7 @@ class _Rope(torch.autograd.Function):
 
 def apply_rope(x_ND: Tensor, cos_NR2: Tensor, sin_NR2: Tensor) -> Tensor:
     """`reference.apply_rope`."""
-    if _inferring():
+    if inference.suits(x_ND):
         return inference.apply_rope(x_ND, cos_NR2, sin_NR2)
     return _Rope.apply(x_ND, cos_NR2, sin_NR2)
 
@@ -135,6 +130,6 @@ class _Route(torch.autograd.Function):
 
 def route(logits_NE: Tensor, bias_E: Tensor, rule: RoutingRule) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.route`; nothing flows through the choice, and the affinities alone are kept."""
-    if _inferring():
+    if inference.suits(logits_NE):
         return implementation(logits_NE).route(logits_NE, bias_E, rule)
     return _Route.apply(logits_NE, bias_E, rule)

@@ -216,15 +216,16 @@ def join_master(high: Tensor, low: Tensor) -> Tensor:
 
 
 def latent_attention(
-    q_BTHL: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, rank: int, scale: float
+    q_NHC: Tensor, q_NHR: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, scale: float
 ) -> Tensor:
-    """Each token's heads over its row's cache, [B, T, H, C]: a slot is a key, and a value without its rotary part.
+    """Each token's heads over its row's cache, [N, H, C]: a slot is a key, and a value without its rotary part.
 
     The mask, added to the scores (0 or -inf), shows a token the slots up to its position.
     """
+    q_BTHL = torch.cat([q_NHC, q_NHR], dim=-1).unflatten(0, position_BT.shape)
     # Tokens stand where heads would and heads where a sequence would: all of them read one cache. Keys and values are
     # both the cache itself (a fused kernel wants equal widths): the sum's rotary part is computed and dropped.
     cached_BTSL = cached_BSL[:, None].expand(-1, q_BTHL.shape[1], -1, -1)
     mask_BTHS = mask_BTS[:, :, None]
     y_BTHL = F.scaled_dot_product_attention(q_BTHL, cached_BTSL, cached_BTSL, attn_mask=mask_BTHS, scale=scale)
-    return y_BTHL[..., :rank]
+    return y_BTHL.flatten(0, 1)[..., : q_NHC.shape[2]]

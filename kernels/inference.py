@@ -1,7 +1,7 @@
-"""The operations with no backward pass to prepare for: what runs under `torch.inference_mode`.
+"""What runs on a CPU under `torch.inference_mode`, with no backward pass to prepare for.
 
-A decoding step is a few rows long, so here an operation costs what its dispatches cost, not what its arithmetic costs.
-Letters as in `kernels.reference`.
+A decoding step is a few rows long, so there an operation costs what its dispatches cost, not what its arithmetic costs.
+On CUDA steps are recorded, and the kernels of `fused` are what costs least. Letters as in `kernels.reference`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from kernels.dispatch import implementation
 from kernels.eager import swiglu
 from kernels.reference import rms_norm
 
-__all__ = ["apply_rope", "latent_attention", "rms_norm", "routed_experts", "swiglu"]
+__all__ = ["apply_rope", "latent_attention", "rms_norm", "routed_experts", "suits", "swiglu"]
+
+
+def suits(x: Tensor) -> bool:
+    """Whether x is decoded on a CPU. A compiler cannot be asked, and drops what nothing reads."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not x.is_cuda
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ def routed_experts(
 
 
 def latent_attention(
-    q_BTHL: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, rank: int, scale: float
+    q_NHC: Tensor, q_NHR: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, scale: float
 ) -> Tensor:
     """`eager.latent_attention`."""
-    return implementation(q_BTHL).latent_attention(q_BTHL, cached_BSL, position_BT, mask_BTS, rank, scale)
+    return implementation(q_NHC).latent_attention(q_NHC, q_NHR, cached_BSL, position_BT, mask_BTS, scale)

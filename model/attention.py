@@ -142,17 +142,11 @@ class LatentAttention(nn.Module):
         key_HnC, value_HvC = up_HUC.split([self.nope_dim, self.value_dim], dim=1)
         q_NHn, q_NHr = q_BTHd.flatten(0, 1).split([self.nope_dim, self.rope_dim], dim=-1)
         q_HNC = torch.bmm(q_NHn.transpose(0, 1), key_HnC)
-        q_NHL = torch.cat([q_HNC.transpose(0, 1), q_NHr], dim=-1)
-        y_BTHC = kernels.latent_attention(
-            q_NHL.view(batch, length, self.n_heads, -1),
-            cache.read(batch, step.mask_BTS.shape[-1]),
-            step.position_BT,
-            step.mask_BTS,
-            self.rank,
-            self.scale,
+        cached_BSL = cache.read(batch, step.mask_BTS.shape[-1])
+        y_NHC = kernels.latent_attention(
+            q_HNC.transpose(0, 1), q_NHr, cached_BSL, step.position_BT, step.mask_BTS, self.scale
         )
-        y_HNC = y_BTHC.flatten(0, 1).transpose(0, 1)
-        y_HNv = torch.bmm(y_HNC, value_HvC.transpose(1, 2))
+        y_HNv = torch.bmm(y_NHC.transpose(0, 1), value_HvC.transpose(1, 2))
         return self.out(y_HNv.permute(1, 0, 2).flatten(1)).view(batch, length, -1)
 
     def _project(self, x_BTD: Tensor, rope: Rotation) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,8 @@ class MoE(nn.Module):
     def decode(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         """`forward` that drops nothing and keeps no balance, nor anything for a backward pass in inference mode."""
         gates_NK, indices_NK, _ = self.router(x_ND, tokens_N)
-        plain = torch.is_inference_mode_enabled() and not in_float8(self.experts)
-        if plain and kernels.compact(x_ND.device, x_ND.dtype):
+        bare = kernels.inference.suits(x_ND) and not in_float8(self.experts)
+        if bare and kernels.compact(x_ND.device, x_ND.dtype):
             y_ND = kernels.routed_experts(x_ND, gates_NK, indices_NK, self.experts.gate_up, self.experts.down)
         else:
             order = self.experts.order(indices_NK, x_ND.dtype)

@@ -54,14 +54,15 @@ class Block(nn.Module):
 
     def prefill(self, x_BTD: Tensor, tokens_BT: Tensor, rope: Rotation, cache: Cache) -> Tensor:
         """`forward`, causal, that fills the cache and keeps no balance."""
-        return self._feed(x_BTD + self.attention.prefill(self.attention_norm(x_BTD), rope, cache), tokens_BT)
+        return self._feed(x_BTD, self.attention.prefill(self.attention_norm(x_BTD), rope, cache), tokens_BT)
 
     def decode(self, x_BTD: Tensor, tokens_BT: Tensor, step: Step, cache: Cache) -> Tensor:
         """The next T tokens of each row, after those in the cache."""
-        return self._feed(x_BTD + self.attention.decode(self.attention_norm(x_BTD), step, cache), tokens_BT)
+        return self._feed(x_BTD, self.attention.decode(self.attention_norm(x_BTD), step, cache), tokens_BT)
 
-    def _feed(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
-        h_ND = self.ffn_norm(x_BTD).flatten(0, 1)
+    def _feed(self, x_BTD: Tensor, attended_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
+        x_BTD, h_BTD = self.ffn_norm.add(x_BTD, attended_BTD)
+        h_ND = h_BTD.flatten(0, 1)
         y_ND = self.ffn.decode(h_ND, tokens_BT.flatten()) if isinstance(self.ffn, MoE) else self.ffn(h_ND)
         return x_BTD + y_ND.view_as(x_BTD)
 

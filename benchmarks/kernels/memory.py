@@ -78,13 +78,13 @@ def decoding() -> Iterator[Case]:
         ("v3, one row", 1, 128, 16384, 512, 64),
         ("v3", 128, 128, 4096, 512, 64),
     ):
-        q = torch.randn(batch, 1, heads, rank + rope, device="cuda", dtype=BF16)
+        q = torch.randn(batch, heads, rank + rope, device="cuda", dtype=BF16).split([rank, rope], dim=-1)
         cache = torch.randn(batch, slots, rank + rope, device="cuda", dtype=BF16)
         position = torch.randint(slots, (batch, 1), device="cuda")
         position[0] = slots - 1
         later = torch.arange(slots, device="cuda") > position[..., None]
         mask = torch.zeros(later.shape, device="cuda", dtype=BF16).masked_fill_(later, float("-inf"))
-        inputs = q, cache, position, mask, rank, (rank + rope) ** -0.5
+        inputs = *q, cache, position, mask, (rank + rope) ** -0.5
         moved = 2.0 * (int(position.sum()) + batch) * (rank + rope)
         exact = eager.latent_attention(*inputs)
         case = Case(f"memory decode {name} {batch}x{heads}x{slots}", "GB/s", moved, exact, 1e-2)

@@ -2,7 +2,7 @@
 rows are keys, and values without their rotary part. It is read once, and no further than a row is long.
 
 Few rows leave processors idle, so the slots of a row are split among programs, and the parts weighed by their sums.
-Letters: B rows, T tokens a row, N = B·T, H heads, S slots, C latent width, R rotary width, L = C + R, P splits.
+Letters: B rows, T tokens a row, N = B·T, H heads, S slots, C latent width, R rotary width, P splits.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attend(
-    q_ptr, cache_ptr, position_ptr, y_ptr, part_ptr, log_sum_ptr, n, heads, length, cache_row, scale,
+    q_ptr, q_rope_ptr, cache_ptr, position_ptr, y_ptr, part_ptr, log_sum_ptr, n, heads, length, q_token, q_head,
+    rope_token, rope_head, cache_row, scale,
     LATENT: tl.constexpr, ROPE: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     token, split = tl.program_id(0), tl.program_id(2)
     head = tl.program_id(1) * H + tl.arange(0, H)
     c, r = tl.arange(0, C), tl.arange(0, R)
-    q_ptr += (token.to(tl.int64) * heads + head[:, None]) * (LATENT + ROPE)
+    q_ptr += token.to(tl.int64) * q_token + head[:, None].to(tl.int64) * q_head
+    q_rope_ptr += token.to(tl.int64) * rope_token + head[:, None] * rope_head
     mine = head[:, None] < heads
     q_HC = tl.load(q_ptr + c[None, :], mask=mine & (c[None, :] < LATENT), other=0.0)
-    q_HR = tl.load(q_ptr + LATENT + r[None, :], mask=mine & (r[None, :] < ROPE), other=0.0)
+    q_HR = tl.load(q_rope_ptr + r[None, :], mask=mine & (r[None, :] < ROPE), other=0.0)
     cache_ptr += (token // length).to(tl.int64) * cache_row
     seen = tl.load(position_ptr + token).to(tl.int32) + 1
     share = tl.cdiv(tl.cdiv(seen, S), SPLITS) * S
@@ -71,27 +73,27 @@ def tile(c: int) -> int:
 
 
 def latent_attention(
-    q_BTHL: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, rank: int, scale: float
+    q_NHC: Tensor, q_NHR: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, scale: float
 ) -> Tensor:
-    """`eager.latent_attention`; slots past a token's position are not read."""
-    batch, length, heads, width = q_BTHL.shape
-    n, rope = batch * length, width - rank
-    assert cached_BSL.stride(2) == 1 and cached_BSL.stride(1) == width, cached_BSL.stride()
+    """`eager.latent_attention`; slots past a token's position are not read, the queries lie where they were made."""
+    (n, heads, rank), rope, device = q_NHC.shape, q_NHR.shape[2], q_NHC.device
+    assert q_NHC.stride(2) == q_NHR.stride(2) == cached_BSL.stride(2) == 1, "columns must be one after another"
+    assert cached_BSL.stride(1) == rank + rope, f"slots must be one after another: {cached_BSL.stride()}"
     blocks = triton.cdiv(heads, HEADS)
     c = triton.next_power_of_2(max(rank, 16))
     tiles = triton.cdiv(mask_BTS.shape[-1], tile(c))
     splits = 1
-    while splits < min(MOST_SPLITS, tiles) and n * blocks * splits < processors(q_BTHL.device):
+    while splits < min(MOST_SPLITS, tiles) and n * blocks * splits < processors(device):
         splits *= 2
-    y_BTHC = torch.empty(batch, length, heads, rank, dtype=q_BTHL.dtype, device=q_BTHL.device)
-    part_PNHC = torch.empty(splits, n, heads, rank, dtype=torch.float32, device=q_BTHL.device) if splits > 1 else y_BTHC
-    log_sum_PNH = torch.empty(splits, n, heads, dtype=torch.float32, device=q_BTHL.device) if splits > 1 else y_BTHC
+    y_NHC = torch.empty(n, heads, rank, dtype=q_NHC.dtype, device=device)
+    part_PNHC = torch.empty(splits, n, heads, rank, dtype=torch.float32, device=device) if splits > 1 else y_NHC
+    log_sum_PNH = torch.empty(splits, n, heads, dtype=torch.float32, device=device) if splits > 1 else y_NHC
     _attend[(n, blocks, splits)](
-        q_BTHL.contiguous(), cached_BSL, position_BT.contiguous(), y_BTHC, part_PNHC, log_sum_PNH, n, heads, length,
-        cached_BSL.stride(0), scale * LOG2_E, LATENT=rank, ROPE=rope, H=HEADS, C=c,
-        R=triton.next_power_of_2(max(rope, 16)), S=tile(c), SPLITS=splits,
+        q_NHC, q_NHR, cached_BSL, position_BT.contiguous(), y_NHC, part_PNHC, log_sum_PNH, n, heads,
+        position_BT.shape[1], *q_NHC.stride()[:2], *q_NHR.stride()[:2], cached_BSL.stride(0), scale * LOG2_E,
+        LATENT=rank, ROPE=rope, H=HEADS, C=c, R=triton.next_power_of_2(max(rope, 16)), S=tile(c), SPLITS=splits,
     )  # fmt: skip
     if splits == 1:
-        return y_BTHC
+        return y_NHC
     weight_PNH = torch.softmax(log_sum_PNH / LOG2_E, dim=0)
-    return torch.einsum("pnhc,pnh->nhc", part_PNHC, weight_PNH).to(q_BTHL.dtype).view_as(y_BTHC)
+    return torch.einsum("pnhc,pnh->nhc", part_PNHC, weight_PNH).to(q_NHC.dtype)

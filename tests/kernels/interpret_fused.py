@@ -89,15 +89,16 @@ def keys(dtype):
 
 def latent(dtype):
     for b, t, h, s, c, r in [(5, 1, 10, 130, 24, 8), (2, 2, 40, 70, 64, 32), (1, 1, 3, 200, 512, 64)]:
-        q, cache = random(b, t, h, c + r, dtype=dtype), random(b, s + 9, c + r, dtype=dtype)[:, :s]
+        q = random(h, b * t, c, dtype=dtype).transpose(0, 1), random(b * t, h, c + r, dtype=dtype)[..., c:]
+        cache = random(b, s + 9, c + r, dtype=dtype)[:, :s]
         position = torch.randint(s, (b, t), device=DEVICE)
         position[0, 0], position[-1, -1] = 0, s - 1
         later = torch.arange(s, device=DEVICE) > position[..., None]
         mask = torch.zeros(b, t, s, device=DEVICE).masked_fill_(later, float("-inf"))
-        exact = eager.latent_attention(q.float(), cache.float(), position, mask, c, c**-0.5).to(dtype)
+        exact = eager.latent_attention(*(x.float() for x in (*q, cache)), position, mask, c**-0.5).to(dtype)
         if b > t == 1:
             cache[0, 1:] = float("nan")  # which its one token does not see
-        ours = fused.latent_attention(q, cache, position, mask, c, c**-0.5)
+        ours = fused.latent_attention(*q, cache, position, mask, c**-0.5)
         check(f"latent {b}x{t}x{h} of {s}", [ours], [exact], dtype, times=2)
 
 

@@ -188,7 +188,7 @@ def test_attention_multiplies_from_shared_memory_and_lets_products_overlap(name:
 @pytest.mark.parametrize(("rank", "rope"), [(256, 32), (512, 64)])
 @pytest.mark.parametrize("splits", [1, 8])
 def test_decoding_copies_the_next_slots_while_it_multiplies(rank: int, rope: int, splits: int):
-    types = {f"{name}_ptr": "*bf16" for name in ("q", "cache", "y")}
+    types = {f"{name}_ptr": "*bf16" for name in ("q", "q_rope", "cache", "y")}
     types |= {"position_ptr": "*i64", "part_ptr": "*fp32", "log_sum_ptr": "*fp32", "scale": "fp32"}
     constants = {"LATENT": rank, "ROPE": rope, "H": latent.HEADS, "C": rank, "R": rope}
     constants |= {"S": latent.tile(rank), "SPLITS": splits}
