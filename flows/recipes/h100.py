@@ -37,7 +37,7 @@ RL = {
     "groups_per_step": 64,
     "group_size": 16,
     "rollout_groups": 64,
-    "learning_rate": 1e-5,
+    "learning_rate": 3e-5,
     "micro_batch_tokens": 65536,
     "precision": "bf16",
     "importance_cap": 2.0,  # decoding and learning round otherwise
@@ -125,7 +125,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "model_card_r1": {"name": "Fathom R1", "license": "apache-2.0"},
     "promote_r1": {"tag": "r1@released", "require": tiny.REQUIRED},
     "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ASKED},
-    "r1_zero": {"name": "r1_zero", "template": "r1_zero", **RL, "steps": 120, "learning_rate": 3e-5},
+    "r1_zero": {"name": "r1_zero", "template": "r1_zero", **RL, "steps": 120},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ASKED},
     "sample_zero": {
         **{"problems": {"limit": 8_000}, "template": "r1_zero", "samples": 4, "chunk": 256, **ROLLOUT},
