@@ -121,11 +121,6 @@ def test_step_credit_is_refused_where_no_steps_are_rewarded():
         GrpoConfig.parse({"supervision": "process", "progress_weight": 1.0})
 
 
-def test_step_credit_is_refused_where_no_steps_are_rewarded():
-    with pytest.raises(ConfigError, match="step_credit=progress is for steps: set supervision to process"):
-        GrpoConfig.parse({"step_credit": "progress"})
-
-
 def test_chunks_must_fill_a_step():
     with pytest.raises(ConfigError, match="rollout_groups"):
         GrpoConfig.parse({"groups_per_step": 6, "rollout_groups": 4})

@@ -172,21 +172,6 @@ def test_progress_is_what_a_step_changes_of_the_value_and_sums_up_to_the_last():
     assert (own_step(expected, torch.zeros(1, 3, 5)) == 0).all()
 
 
-def test_progress_is_what_a_step_changes_of_the_value_and_sums_up_to_the_last():
-    values_PGT = table([[[9, 0.5, 9, 1, 9], [9, 9, 0.25, 9, 9], [0.75, 9, 9, 0, 9]]])
-    ends_PGT = torch.tensor([[[0, 1, 0, 1, 0], [0, 0, 1, 0, 0], [1, 0, 0, 1, 0]]])
-    # Before the first steps: (0.5 + 0.25 + 0.75) / 3 = 0.5.
-    expected = table([[[0, 0, 0, 0.5, 0], [0, 0, -0.25, 0, 0], [0.25, 0, 0, -0.75, 0]]])
-    torch.testing.assert_close(progress(values_PGT, ends_PGT), expected, rtol=1e-15, atol=0)
-    torch.testing.assert_close(progress(values_PGT, ends_PGT).sum(-1), table([[0.5, -0.25, -0.5]]))
-    assert (progress(values_PGT, torch.zeros(1, 3, 5)) == 0).all()
-    rms = math.sqrt((0.25 + 0.0625 + 0.0625 + 0.5625) / 5)
-    spread = table([[[0, 0, 0.5, 0.5, 0], [-0.25, -0.25, -0.25, 0, 0], [0.25, -0.75, -0.75, -0.75, 0]]]) / rms
-    torch.testing.assert_close(step_supervised(expected, ends_PGT), spread, rtol=1e-14, atol=0)
-    assert (step_supervised(torch.zeros(1, 3, 5), ends_PGT) == 0).all()
-    assert (step_supervised(expected, torch.zeros(1, 3, 5)) == 0).all()
-
-
 def test_with_one_step_a_reply_process_supervision_is_outcome_supervision():
     rewards_PG = table([[1, 0, 0.5], [0, 0, 3]])
     ends_PGT = torch.zeros(2, 3, 5).index_fill(2, torch.tensor([4]), 1)
