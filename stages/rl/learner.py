@@ -184,7 +184,8 @@ class Learner:
         flat_P = flat_groups(rollouts, config.group_size)
         tally.explored(rollouts, groups=len(flat_P), flat_groups=int(flat_P.sum()))
         batch = self.credited(rollouts)
-        self.update.learn(number, batch, *self.counts(rollouts, flat_P), tally)
+        looked_at = [] if batch else rollouts[: config.group_size]
+        self.update.learn(number, batch, *self.counts(rollouts, flat_P), tally, looked_at)
         tally.add(flops=self.step_flops(rollouts, [rollout for rollout, _ in batch]))
         row = tally.reduce(self.ranks)
         row["flops"] += self.rows[-1]["flops"] if self.rows else 0.0  # spent so far

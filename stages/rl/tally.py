@@ -13,7 +13,7 @@ from stages.rl.rollout import Rollout
 from stages.training.distributed import Ranks
 
 EXPLORED = ("replies", "tokens", "surprise", "groups", "flat_groups", "flops")
-LEARNED = ("loss", "kl", "clipped", "loss_tokens", "learned_tokens", "mismatch_kl")
+LEARNED = ("loss", "kl", "clipped", "loss_tokens", "compared_tokens", "mismatch_kl")
 PEAKS = ("max_ratio", "mismatch_max_ratio", "gradient_norm")
 
 
@@ -80,7 +80,7 @@ class Tally:
             "kl": share("kl", "loss_tokens"),
             "clip_fraction": share("clipped", "loss_tokens"),
             "entropy": share("surprise", "tokens"),  # −log π of what π sampled: unbiased, and costs nothing
-            "mismatch_kl": share("mismatch_kl", "learned_tokens"),
+            "mismatch_kl": share("mismatch_kl", "compared_tokens"),
             **dict(zip(self._peaks, peaks.tolist(), strict=True)),
             "reply_tokens": total["tokens"],
             "flops": total["flops"],

@@ -21,6 +21,7 @@ from stages.rl.critic import gae, token_rewards, value_loss
 from stages.rl.micro_batch import Credited, MicroBatch, micro_batches, token_logprobs, token_values
 from stages.rl.mismatch import check_mismatch, mismatch, truncated_importance
 from stages.rl.policy_loss import PolicyBatch, policy_loss
+from stages.rl.rollout import Rollout
 from stages.rl.tally import Tally
 from stages.training.distributed import GradientBucket, Ranks, clip_factor
 from stages.training.trainer import TrainingDiverged
@@ -117,8 +118,20 @@ class Update:
         if self.reference:
             self.reference.load_state_dict(self.policy.model.state_dict())
 
-    def learn(self, number: int, batch: Sequence[Credited], replies: float, tokens: float, tally: Tally) -> None:
-        """Learn from this rank's `batch` in step `number`; `replies` and `tokens` are those of all ranks that count."""
+    def learn(
+        self,
+        number: int,
+        batch: Sequence[Credited],
+        replies: float,
+        tokens: float,
+        tally: Tally,
+        looked_at: Sequence[Rollout] = (),
+    ) -> None:
+        """Learn from this rank's `batch` in step `number`; `replies` and `tokens` are those of all ranks that count.
+
+        An engine that has gone astray may earn the same for all that it says, and then there is nothing to learn from:
+        its mismatch is measured on the replies of `looked_at` too.
+        """
         config = self.config
         normaliser = self.objective.normaliser(replies, tokens, config.max_new_tokens)
         cut = micro_batches(batch, self.pad, config.micro_batch_tokens, self.ranks.device)
@@ -128,6 +141,8 @@ class Update:
             self.policy.bucket.zero()
             if self.critic:
                 self.critic.bucket.zero()
+            if update == 0:
+                self.look(looked_at, tally)
             for index, micro in enumerate(cut):
                 logprobs_BR = token_logprobs(self.policy.model, micro, config.temperature)
                 values_BR = token_values(self.critic.model, micro) if self.critic else None
@@ -174,13 +189,24 @@ class Update:
                 self.critic.step(share, config.max_gradient_norm)
 
     @torch.no_grad()
+    def look(self, rollouts: Sequence[Rollout], tally: Tally) -> None:
+        """Measure the engine's mismatch on replies that are not learnt from."""
+        credited = [(rollout, [0.0] * len(rollout.tokens)) for rollout in rollouts]
+        for micro in micro_batches(credited, self.pad, self.config.micro_batch_tokens, self.ranks.device):
+            self.compare(micro, token_logprobs(self.policy.model, micro, self.config.temperature), tally)
+
+    def compare(self, micro: MicroBatch, logprobs_BR: Tensor, tally: Tally) -> None:
+        """Count the engine's mismatch."""
+        seen = mismatch(logprobs_BR[micro.mask_BR], micro.engine_logprobs_BR[micro.mask_BR])
+        tally.add(compared_tokens=seen.tokens, mismatch_kl=seen.kl_sum)
+        tally.peak(mismatch_max_ratio=seen.max_ratio)
+        self.policy.bucket.statistics.add_(torch.tensor([seen.kl_sum, seen.tokens], device=logprobs_BR.device))
+
+    @torch.no_grad()
     def first_look(self, micro: MicroBatch, old_BR: Tensor, values_BR: Tensor | None, tally: Tally) -> FirstLook:
         """Measure the engine's mismatch, and fix what does not move while the replies are learnt from."""
         config = self.config
-        seen = mismatch(old_BR[micro.mask_BR], micro.engine_logprobs_BR[micro.mask_BR])
-        tally.add(learned_tokens=seen.tokens, mismatch_kl=seen.kl_sum)
-        tally.peak(mismatch_max_ratio=seen.max_ratio)
-        self.policy.bucket.statistics.add_(torch.tensor([seen.kl_sum, seen.tokens], device=old_BR.device))
+        self.compare(micro, old_BR, tally)
         reference_BR = token_logprobs(self.reference, micro, config.temperature) if self.reference else None
         cap, correction_BR = config.importance_cap, None
         if cap:

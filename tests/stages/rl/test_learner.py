@@ -157,6 +157,17 @@ def test_a_mismatch_past_the_limit_ends_the_run_before_anything_is_learnt(job, t
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_an_engine_is_measured_also_where_all_replies_earn_the_same(job, bandit_base, tmp_path):
+    nothing = {"accuracy": 0, "format": 0}
+    (row,) = learn(job(tmp_path, steps=1, rewards=nothing), silent)
+    assert row["flat_groups"] == 1
+    assert 1 < row["mismatch_max_ratio"] < 1 + 1e-5
+    before, after = weights(bandit_base), weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(EngineMismatch):
+        learn(job(tmp_path / "strict", steps=1, rewards=nothing, max_mismatch_kl=1e-30), silent)
+
+
 STALE = {"staleness": 1, "importance_cap": 2.0}
 
 
