@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import model_validator
 
 from infra.config import Config, Field
 from infra.errors import InputError
@@ -24,7 +25,7 @@ from stages.evaluation.scores import MEASURES, PROBLEM_SCHEMA, curve, problem_re
 from stages.evaluation.text import TextJob, measure_text
 from stages.problems.problem import read_problems
 from stages.problems.selection import ProblemFilter
-from stages.rl.prompts import Template
+from stages.rl.prompts import Template, check_system_prompt
 from stages.rl.rollout import listed, why_wrong, write_rollouts
 from stages.rl.sample import SampleJob, sampled
 
@@ -33,7 +34,12 @@ PROBLEMS = "problems.parquet"
 
 class EvaluateConfig(Config):
     name: str = Field(min_length=1, title="Name", description="What the checkpoint is called in the report")
-    template: Template = Field("chat", title="Template", description="r1_zero for models that never saw a chat")
+    template: Template = Field(
+        "chat", title="Template", description="r1_zero or r1_zero_described for models that never saw a chat"
+    )
+    system_prompt: str | None = Field(
+        None, min_length=1, title="System prompt", description="Of template chat; what form a reply has, say"
+    )
     problems: ProblemFilter = Field(ProblemFilter(), title="Problems", description="Of the held-out split")
     samples: int = Field(16, ge=1, title="Samples a problem", description="R1: 4 to 64")
     temperature: float = Field(0.6, ge=0, title="Temperature")
@@ -45,9 +51,14 @@ class EvaluateConfig(Config):
     trigram_bytes: int = Field(10_000_000, ge=1, title="Trigram bytes", description="Its training text, a language")
     seed: int = Field(0, title="Seed")
 
+    @model_validator(mode="after")
+    def _the_template_has_a_system_turn(self) -> EvaluateConfig:
+        check_system_prompt(self.template, self.system_prompt)
+        return self
+
 
 @stage(
-    version=4,
+    version=5,
     takes={"checkpoint": "checkpoint", "problems": "problems", "tokens": optional("tokens")},
     makes="report",
 )
@@ -62,6 +73,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
         problems=problems,
         samples=config.samples,
         template=config.template,
+        system_prompt=config.system_prompt,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,

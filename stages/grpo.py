@@ -1,6 +1,6 @@
 """Reinforcement learning from verifiable rewards: GRPO (DeepSeekMath, section 4; DeepSeek-R1, sections 2.2 and 2.3).
 
-From a base model with the template `r1_zero` this is R1-Zero; from the cold start with `chat` and a language reward it
+From a base model with a template `r1_zero` this is R1-Zero; from the cold start with `chat` and a language reward it
 is R1's reasoning stage; with reward models and general prompts, its last one over all scenarios (section 2.3.4): rules
 judge the problems, the reward models and the form the general prompts. `loss` takes one of GRPO's successors
 instead, or PPO with a critic; DAPO is `dapo` with `dynamic_sampling`, the reward `overlong` and no KL term. Renewing
@@ -30,7 +30,7 @@ from stages.rl.engines import EngineName
 from stages.rl.general import open_problems
 from stages.rl.learner import ROLLOUTS, GrpoJob, learn
 from stages.rl.policy_loss import KlEstimator, PolicyObjective
-from stages.rl.prompts import Template, prompt_ids
+from stages.rl.prompts import Template, check_system_prompt, prompt_ids
 from stages.rl.reward_model import load_target
 from stages.rl.rewards import JUDGED, PENALTIES, PREFERENCE_MODELS, RewardWeights
 from stages.rl.rollout_store import RolloutStore
@@ -48,7 +48,12 @@ class GrpoConfig(Config):
     """
 
     name: str = Field("", title="Name", description="What the checkpoint is called in reports")
-    template: Template = Field("chat", title="Template", description="r1_zero: base model, no chat markers")
+    template: Template = Field(
+        "chat", title="Template", description="Of base models: r1_zero our own, r1_zero_described published ones"
+    )
+    system_prompt: str | None = Field(
+        None, min_length=1, title="System prompt", description="Of template chat; what form a reply has, say"
+    )
     problems: ProblemFilter = Field(ProblemFilter(), title="Problems", description="Which of them to learn from")
     target_language: Language | None = Field(None, title="Target language", description="None: the question's own")
     rewards: RewardWeights = Field(RewardWeights(), title="Rewards")
@@ -139,6 +144,11 @@ class GrpoConfig(Config):
         return bool(every) and ((step - 1) % every == 0 or step == self.steps)
 
     @model_validator(mode="after")
+    def _the_template_has_a_system_turn(self) -> GrpoConfig:
+        check_system_prompt(self.template, self.system_prompt)
+        return self
+
+    @model_validator(mode="after")
     def _the_options_fit_the_loss(self) -> GrpoConfig:
         if self.loss == "online_rft" and (
             self.rewards != RewardWeights(accuracy=1, format=0, language=0) or self.dynamic_sampling
@@ -193,7 +203,7 @@ class GrpoConfig(Config):
 
 
 @stage(
-    version=3,
+    version=4,
     takes={
         "checkpoint": "checkpoint",
         "problems": "problems",
@@ -236,7 +246,7 @@ def general_problems(config: GrpoConfig, inputs: Inputs) -> tuple[tuple[Problem,
     found, others = open_problems(
         inputs["general"],
         config.languages,
-        fits=lambda question: len(prompt_ids(question, config.template, tokenizer)) <= room,
+        fits=lambda question: len(prompt_ids(question, config.template, tokenizer, (), config.system_prompt)) <= room,
     )
     if not found:
         raise InputError(

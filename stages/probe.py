@@ -24,7 +24,9 @@ from stages.rl.prompts import Template
 
 class ProbeConfig(Config):
     name: str = Field(min_length=1, title="Name", description="What the checkpoint is called in the report")
-    template: Template = Field("chat", title="Template", description="r1_zero for models that never saw a chat")
+    template: Template = Field(
+        "chat", title="Template", description="r1_zero or r1_zero_described for models that never saw a chat"
+    )
     problems: ProblemFilter = Field(ProblemFilter(), title="Problems", description="Of both splits")
     cases: int = Field(50, ge=1, title="Cases", description="Of each probe and language")
     shots: int = Field(3, ge=1, title="Shots", description="Worked problems before the question")
@@ -34,7 +36,7 @@ class ProbeConfig(Config):
     seed: int = Field(0, title="Seed")
 
 
-@stage(version=2, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="report")
+@stage(version=3, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="report")
 def probe(config: ProbeConfig, inputs: Inputs, ctx: Context) -> dict:
     """Measure language mixing, few-shot sensitivity, JSON output, function calling and multi-turn follow-ups."""
     splits = {

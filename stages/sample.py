@@ -5,7 +5,7 @@ replay and distillation read. Every chunk is on disk as soon as it is there, so 
 
 With `shots` each question comes behind worked examples: this is how R1's cold start is collected from R1-Zero
 (DeepSeek-R1, section 2.3.1: few-shot prompting with a long chain of thought as an example). What is kept of a reply is
-the question alone, so that who learns from it needs no examples.
+the question alone, so that who learns from it needs neither examples nor a system prompt.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 
+from pydantic import model_validator
+
 from infra.config import Config, Field
 from infra.errors import InputError
 from infra.stage import Context, Inputs, stage
 from stages.problems.problem import Problem, read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl.engines import EngineName
-from stages.rl.prompts import Template
+from stages.rl.prompts import Template, check_system_prompt
 from stages.rl.rollout import listed, why_wrong, write_rollouts
 from stages.rl.sample import SampleJob, sampled
 
@@ -30,6 +32,9 @@ GROUPS_PER_FILE = 1024
 class SampleConfig(Config):
     problems: ProblemFilter = Field(ProblemFilter(limit=1000), title="Problems", description="Of the training split")
     template: Template = Field("chat", title="Template")
+    system_prompt: str | None = Field(
+        None, min_length=1, title="System prompt", description="Of template chat; what form a reply has, say"
+    )
     shots: int = Field(0, ge=0, title="Shots", description="Worked examples of a question's family in front of it")
     samples: int = Field(8, ge=1, title="Samples a problem")
     max_new_tokens: int = Field(64, ge=1, title="Longest reply")
@@ -39,8 +44,13 @@ class SampleConfig(Config):
     chunk: int = Field(8, ge=1, title="Problems a chunk", description="Generated together, by one seed")
     seed: int = Field(0, title="Seed")
 
+    @model_validator(mode="after")
+    def _the_template_has_a_system_turn(self) -> SampleConfig:
+        check_system_prompt(self.template, self.system_prompt)
+        return self
 
-@stage(version=2, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="rollouts")
+
+@stage(version=3, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="rollouts")
 def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
     """Sample replies to training problems and score them."""
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))
@@ -53,6 +63,7 @@ def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
         problems=problems,
         samples=config.samples,
         template=config.template,
+        system_prompt=config.system_prompt,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,

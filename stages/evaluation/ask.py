@@ -81,7 +81,7 @@ def conversation_ids(
     """The ids that the reply continues.
 
     Our chat format offers tools in its own marks. Other templates have other marks, or none: there a system message
-    says what the tools are and how to call them. R1-Zero's template knows no turns: a conversation is its lines.
+    says what the tools are and how to call them. R1-Zero's templates know no turns: a conversation is its lines.
     """
     if tools and not (template == "chat" and tokenizer.template == JINJA):
         messages, tools = [{"role": "system", "content": offer_text(tools)}, *messages], ()

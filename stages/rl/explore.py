@@ -32,6 +32,7 @@ class Asking:
     rewards: RewardWeights
     target_language: Language | None = None  # None: each question's own
     examples: tuple[Problem, ...] = ()  # shown in front of a question of the same family and language
+    system_prompt: str | None = None
 
 
 class Explorer:
@@ -94,7 +95,13 @@ class Explorer:
     def _ask(self, problems: Sequence[Problem], seed: int) -> list[Rollout]:
         asking, tokenizer = self.asking, self.tokenizer
         prompts = [
-            prompt_ids(problem.question, asking.template, tokenizer, similar(asking.examples, problem))
+            prompt_ids(
+                problem.question,
+                asking.template,
+                tokenizer,
+                similar(asking.examples, problem),
+                asking.system_prompt,
+            )
             for problem in problems
         ]
         asked = [pair for pair in zip(problems, prompts, strict=True) for _ in range(asking.group_size)]

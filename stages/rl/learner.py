@@ -117,7 +117,14 @@ class Learner:
             open_engine(config.engine, self.explored_by, job.checkpoint),
             self.tokenizer,
             self.model.config,
-            Asking(config.template, sampling, config.group_size, config.rewards, config.target_language),
+            Asking(
+                config.template,
+                sampling,
+                config.group_size,
+                config.rewards,
+                config.target_language,
+                system_prompt=config.system_prompt,
+            ),
             self.rollouts,
             self.judges,
         )

@@ -1,13 +1,18 @@
 """How a question is put to a model, and how its reply is read back.
 
-`chat`: the chat format, for models that have seen it (after the cold start).
-`r1_zero`: for a base model, no turn markers. R1-Zero's prompt *describes* the reply format in a paragraph (DeepSeek-R1,
-table 1); a model of a few million parameters cannot follow a description, and tokens are dear, so ours is the bare
-question on its line: the format itself, `<think>…</think><answer>…</answer>`, is known from the worked problems in the
-pre-training mix (`Problem.worked`).
+`chat`: the chat format, for models that have seen it (after the cold start, or published chat models). A system prompt
+may say what form a reply has.
+`r1_zero_described`: R1-Zero's prompt (DeepSeek-R1, table 1), which describes the form of a reply to a base model that
+can follow a description, such as a published one; for a Chinese question in Chinese.
+`r1_zero`: no turn markers and no description. A model of a few million parameters cannot follow one, and tokens are
+dear, so this is the bare question on its line: the form itself, `<think>…</think><answer>…</answer>`, is known from the
+worked problems in the pre-training mix (`Problem.worked`).
 
-Examples, worked problems in front of the question, are earlier turns of the chat, or texts of their own before the bare
-question, as the pre-training mix has them one after the other.
+Under all of them a reply ends at the EOS alone, and not at `</answer>`: a base that goes on behind it loses the format
+reward, and with a second answer the accuracy, so it learns to end; one that is cut there never would.
+
+Examples, worked problems in front of the question, are earlier turns of the chat, or texts of their own before that of
+the question, as the pre-training mix has them one after the other.
 """
 
 from __future__ import annotations
@@ -15,21 +20,65 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from infra.errors import InputError
+from stages.corpus.languages import identify
 from stages.problems.problem import Problem
 from stages.tokens.bpe import Tokenizer
 from stages.tokens.chat_template import assistant_content, render
 
-Template = Literal["r1_zero", "chat"]
+Template = Literal["r1_zero", "r1_zero_described", "chat"]
+
+# By language, DeepSeek-R1's table 1: each speaker on a line of its own, and the reply begins behind the last.
+DESCRIBED = {
+    "en": (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
+        "assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+        "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, "
+        "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>."
+        "\nUser: {question}\nAssistant:"
+    ),
+    "zh": (
+        "用户与助手之间的一段对话。用户提出问题，由助手解答。助手先在头脑中思考推理过程，然后向用户给出答案。"
+        "推理过程和答案分别放在<think> </think>和<answer> </answer>标签之内，即"
+        "<think> 此处为推理过程 </think> <answer> 此处为答案 </answer>。\n用户：{question}\n助手："
+    ),
+}
 
 
-def prompt_ids(question: str, template: Template, tokenizer: Tokenizer, examples: Sequence[Problem] = ()) -> list[int]:
-    """The ids that the reply continues."""
+def prompt_ids(
+    question: str,
+    template: Template,
+    tokenizer: Tokenizer,
+    examples: Sequence[Problem] = (),
+    system_prompt: str | None = None,
+) -> list[int]:
+    """The ids that the reply continues. InputError where the checkpoint's chat template drops the system prompt."""
     if template == "chat":
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         turns = [turn for example in examples for turn in worked_turns(example)]
-        ids, _ = render([*turns, {"role": "user", "content": question}], tokenizer, generation_prompt=True)
+        ids, _ = render([*system, *turns, {"role": "user", "content": question}], tokenizer, generation_prompt=True)
+        if system_prompt and system_prompt.strip() not in tokenizer.decode(ids):
+            raise InputError("this checkpoint's chat template drops the system turn: leave system_prompt out")
         return ids
-    shown = [[*tokenizer.opening, *tokenizer.encode(example.worked), tokenizer.eos] for example in examples]
-    return [*(token for ids in shown for token in ids), *tokenizer.opening, *tokenizer.encode(question + "\n")]
+    ids: list[int] = []
+    for example in examples:
+        said = assistant_content(example.chain, example.answer)
+        ids += [*tokenizer.opening, *tokenizer.encode(as_text(example.question, template, said)), tokenizer.eos]
+    return [*ids, *tokenizer.opening, *tokenizer.encode(as_text(question, template))]
+
+
+def as_text(question: str, template: Template, reply: str = "") -> str:
+    """A question to a base model, and the reply to it."""
+    if template == "r1_zero":
+        return f"{question}\n{reply}"
+    asked = DESCRIBED["zh" if identify(question) == "zh" else "en"].replace("{question}", question)
+    return f"{asked} {reply}" if reply else asked
+
+
+def check_system_prompt(template: Template, system_prompt: str | None) -> None:
+    """Raise ValueError for a system prompt where there is no system turn."""
+    if system_prompt and template != "chat":
+        raise ValueError(f"template={template} has no system turn: set template to chat, or leave system_prompt out")
 
 
 def worked_turns(problem: Problem) -> list[dict[str, str]]:

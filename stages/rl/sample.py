@@ -41,6 +41,7 @@ class SampleJob:
     engine: EngineName = "native"
     chunk: int = 8
     examples: tuple[Problem, ...] = ()  # shown in front of a question of the same family and language
+    system_prompt: str | None = None
     store: str = ""  # folder, which `sampled` chooses
 
 
@@ -57,7 +58,14 @@ def sample(job: SampleJob, report: Report) -> None:
         tokenizer = load_tokenizer(job.checkpoint)
         model = load_model(job.checkpoint, str(ranks.device))
         sampling = Sampling(job.max_new_tokens, job.temperature, job.top_p, (tokenizer.eos,))
-        asking = Asking(job.template, sampling, job.samples, RewardWeights(), examples=job.examples)
+        asking = Asking(
+            job.template,
+            sampling,
+            job.samples,
+            RewardWeights(),
+            examples=job.examples,
+            system_prompt=job.system_prompt,
+        )
         engine = open_engine(job.engine, model, job.checkpoint)
         explorer = Explorer(engine, tokenizer, model.config, asking, RolloutStore(job.store))
         explorer.take(model.state_dict().items())

@@ -207,6 +207,21 @@ def test_shots_stand_before_the_question_and_are_not_asked_themselves(inputs, ba
         sample(SampleConfig(shots=10), inputs, Context.local(tmp_path / "many"))
 
 
+def test_every_stage_that_asks_says_the_system_prompt(inputs, tmp_path):
+    said = {"system_prompt": "so Pull", "max_new_tokens": 14}
+    for stage, config in (
+        (grpo, GrpoConfig(**{**OPTIONS, **said, "steps": 1})),
+        (evaluate, EvaluateConfig(name="x", samples=2, **said)),
+        (sample, SampleConfig(samples=2, **said)),
+    ):
+        ctx = Context.local(tmp_path / stage.name)
+        stage(config, inputs, ctx)
+        tokenizer = load_tokenizer(inputs["checkpoint"].path)
+        for row in read_rollouts(ctx.out):
+            ids = [tokenizer.bos, *tokenizer.encode("so Pull"), tokenizer.user, *tokenizer.encode(row["prompt"])]
+            assert row["prompt_ids"] == [*ids, tokenizer.assistant]
+
+
 def test_rejection_sampling_keeps_only_right_clean_and_different_replies(sampled, tmp_path):
     drawn, told = sampled
     ctx = Context.local(tmp_path)
