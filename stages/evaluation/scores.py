@@ -11,7 +11,7 @@ from stages.evaluation.intervals import Interval, bootstrap_mean, bootstrap_shar
 from stages.evaluation.pass_at_k import curve_ks, maj_at_k, pass_at_k
 from stages.problems.problem import Problem
 from stages.problems.verify import ballot, verify
-from stages.rl.rewards import parse
+from stages.rl.rewards import answer_of
 
 PROBLEM_SCHEMA = pa.schema(
     [
@@ -33,9 +33,9 @@ def problem_record(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str
     consensus that of their majority: the ends of the two curves."""
     n, ks = len(rows), curve_ks(len(rows))
     correct = sum(row["accuracy"] >= 1 for row in rows)
-    replies = [parse(row["completion"]) for row in rows]
-    ballots = {ballot(problem, reply.answer): reply.answer for reply in replies if reply}
-    votes = [ballot(problem, reply.answer) if reply else None for reply in replies]
+    answers = [answer_of(problem, row["completion"]) for row in rows]
+    votes = [None if answer is None else ballot(problem, answer) for answer in answers]
+    ballots = {vote: answer for vote, answer in zip(votes, answers, strict=True) if answer is not None}
     passes = [pass_at_k(n, correct, k) for k in ks]
     majorities = maj_at_k(votes, lambda vote: verify(problem, ballots[vote]), ks)
     return {

@@ -39,11 +39,25 @@ _NUMBER = re.compile(
 )
 
 
-def cut(text: str) -> str:
-    r"""The content of the last `\boxed{…}` whose braces balance, the innermost of nested ones; else the whole text."""
+def last_box(text: str) -> str | None:
+    r"""The content of the last `\boxed{…}` whose braces balance, the innermost of nested ones; None without any."""
     boxes = _boxes(text)[0]
-    start, end = max(boxes, default=(0, len(text)))
-    return text[start:end]
+    return text[slice(*max(boxes))] if boxes else None
+
+
+def cut(text: str) -> str:
+    """The content of the last box, or the whole text."""
+    box = last_box(text)
+    return text if box is None else box
+
+
+def plain(text: str) -> str:
+    r"""Simple LaTeX as the verifiers of our families read it: `\text{knight}`, `3 \times \frac{8}{2}`."""
+    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\!", "", text)
+    text = re.sub(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " ", text)
+    text = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox) *\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}", r"((\1)/(\2))", text)
+    return re.sub(r"\\(?:times|cdot)(?![a-zA-Z])", "*", re.sub(r"\\div(?![a-zA-Z])", "/", text))
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int]], bool]:

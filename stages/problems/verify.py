@@ -69,7 +69,7 @@ class Verdict:
 
 
 def judge(problem: Problem, text: str, every_test: bool = False) -> Verdict:
-    """What `text`, the whole content of `<answer>`, is worth as an answer to `problem`. Spaces around are forgiven.
+    """What `text`, the whole content of `<answer>`, is worth as an answer to `problem`, white space around it aside.
 
     `every_test` goes on after a program's first failure: only then is `share` more than all or nothing.
     """
@@ -151,4 +151,4 @@ def _answer(problem: Problem, text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.strip(" ").translate(SAME_SIGN)
+    return text.strip().translate(SAME_SIGN)

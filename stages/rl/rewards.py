@@ -2,7 +2,8 @@
 two penalties.
 
 Rules and no neural reward model, because a large-scale learner hacks a neural one. Every rule here is total: any text
-gets a number in [0, 1]. A reply is judged whole: it must be exactly `<think>…</think><answer>…</answer>` and then end.
+gets a number in [0, 1]. A reply is judged whole: it must be exactly `<think>…</think><answer>…</answer>`, white space
+around either part aside, and then end.
 
 A new rule is a pure function in `REWARDS` or `PENALTIES` and a weight of its name in `RewardWeights`. A new way to pay
 for the rules, such as Logic-RL's, is a function in `SCHEMES`. What a reply earns among others is in `group_rewards.py`.
@@ -22,10 +23,12 @@ from typing import Literal
 from pydantic import model_validator
 
 from infra.config import Config, Field
+from stages.problems.boxed import last_box, plain
 from stages.problems.problem import Language, Problem
 from stages.problems.verify import Verdict, judge, readable
 
-REPLY = re.compile(r"<think>(?P<chain>.*?)</think><answer>(?P<answer>.*?)</answer>", re.DOTALL)
+# White space may stand around its parts: DeepSeek-R1's own prompt (table 1) shows some between them.
+REPLY = re.compile(r"\s*<think>(?P<chain>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 HAN = r"[㐀-䶿一-鿿豈-﫿]"
 WORD = re.compile(rf"(?P<han>{HAN})|(?P<letters>(?:(?!{HAN})[^\W\d_])+)")
@@ -136,7 +139,7 @@ class Reply:
 
 
 def parse(text: str) -> Reply | None:
-    """The chain and the answer of a well-formed reply, or None. Each tag appears once, and nothing lies outside."""
+    """The chain and the answer of a well-formed reply, or None. Each tag appears once; only white space is outside."""
     match = REPLY.fullmatch(text)
     if match is None or any(text.count(tag) != 1 for tag in TAGS):
         return None
@@ -150,17 +153,26 @@ def format_reward(text: str, finished: bool) -> float:
 
 
 def answer_of(problem: Problem, text: str) -> str | None:
-    """The text inside the only `<answer>…</answer>`; more than one answer is none.
+    r"""The text inside the only `<answer>…</answer>`; more than one answer is none.
 
-    A program may also stand in a ```python block behind the chain, where models that were not trained here put it.
+    Where models that were not trained here put an answer counts too, if no tag of one is there: a program's ```python
+    block or the last `\boxed{…}` (DeepSeek-R1, section 2.2.2), behind the chain.
     """
-    if problem.verifier == "code" and "<answer>" not in text and "</answer>" not in text:
-        said = text.rpartition("</think>")[2]
-        return said if "```" in said else None
+    if "<answer>" not in text and "</answer>" not in text:
+        return untagged_answer(problem, text)
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
     answer, closed, _ = text.partition("<answer>")[2].partition("</answer>")
     return answer if closed else None
+
+
+def untagged_answer(problem: Problem, text: str) -> str | None:
+    """The answer behind a chain, which some templates open in the prompt; a chain that never ended has none."""
+    said = text.rpartition("</think>")[2]
+    if problem.verifier == "code":
+        return said if "```" in said else None
+    box = None if "<think>" in said else last_box(said)
+    return box if box is None or problem.verifier == "boxed" else plain(box)
 
 
 def verdict_on(problem: Problem, text: str, every_test: bool = False) -> Verdict:
@@ -241,7 +253,7 @@ def weighted(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) 
 
 def logic_rl(reply: Judged, rules: Mapping[str, float], weights: RewardWeights) -> float:
     """Format ±1; the answer +2 if right, −1.5 if wrong, −2 if it is none or the form is broken (Xie et al. 2025,
-    Logic-RL, section 2.2). The form is ours: nothing may stand outside the tags."""
+    Logic-RL, section 2.2). The form is ours: nothing but white space may stand outside the tags."""
     language = weights.language * rules["language"]
     answer = answer_of(reply.problem, reply.text)
     if not rules["format"] or answer is None:

@@ -173,6 +173,8 @@ def test_a_problems_record_is_what_its_rows_say():
     assert (record["pass_1"], record["pass_k"], record["consensus"]) == (0.4, 1.0, 1.0)  # two ways to say 13 win
     assert (record["format"], record["length"]) == (0.8, 13.0)
     assert record["pass_at_k"] == pytest.approx([0.4, 0.7, 1.0, 1.0])  # at 1, 2, 4 and 5
+    boxes = [{**row, "completion": r"so</think>\boxed{3 \times 2 + 7}", "format": 0.0} for row in right]
+    assert problem_record(problem, [*boxes, *rows[2:]])["maj_at_k"] == record["maj_at_k"]
     assert record["maj_at_k"][0] == pytest.approx(0.4)
     assert [point["k"] for point in curve([record])] == [1, 2, 4, 5]
     table_rows = table([record, {**record, "language": "zh", "family": "gcd", "pass_1": 0.0}])

@@ -31,7 +31,8 @@ def test_a_right_and_well_formed_reply_earns_every_part():
         "",
         "5",
         "<answer>5</answer>",
-        "<think>a</think> <answer>5</answer>",
+        "<think>a</think> so <answer>5</answer>",
+        "Well. <think>a</think><answer>5</answer>",
         "<think>a</think><answer>5</answer>!",
         "<think>a</think><answer>5</answer><answer>5</answer>",
         "<think><think>a</think></think><answer>5</answer>",
@@ -46,6 +47,19 @@ def test_a_right_and_well_formed_reply_earns_every_part():
 )
 def test_anything_but_the_exact_form_earns_no_format_reward(text):
     assert format_reward(text, finished=True) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        " <think> a </think> <answer> 5 </answer>",  # as DeepSeek-R1's prompt shows it
+        "<think>\na\n</think>\n\n<answer>\n5\n</answer>\n",
+        "\t<think>a</think>\u3000<answer>5</answer> ",
+    ],
+)
+def test_white_space_around_the_parts_of_a_reply_is_no_fault(text):
+    verdict = score(SUM, text, True, RewardWeights())
+    assert (verdict.format, verdict.accuracy) == (1, 1)
 
 
 def test_a_reply_that_was_cut_off_is_not_well_formed_but_may_be_right():
@@ -166,6 +180,60 @@ KNIGHTS = Problem("k", "islanders", "en", 2, "?", "c", "knight knave", "roles", 
 )
 def test_logic_rl_pays_three_for_right_and_takes_three_for_a_broken_form(text, finished, points):
     assert score(KNIGHTS, text, finished, RewardWeights(scheme="logic_rl")).reward == points
+
+
+def test_logic_rl_pays_in_full_where_the_parts_stand_on_lines_of_their_own():
+    text = "<think>\na\n</think>\n\n<answer>\nknight, knave\n</answer>\n"
+    assert score(KNIGHTS, text, True, RewardWeights(scheme="logic_rl")).reward == 3.0
+
+
+GAME = Problem(
+    "g", "countdown_wide", "en", 1, "?", "c", "(8+4)/2", "countdown", {"numbers": [8, 4, 2], "target": 6}, "g"
+)
+TIMES = Problem("t", "countdown", "en", 1, "?", "c", "", "countdown", {"numbers": [3, 8, 4, 1], "target": 6}, "t")
+MATH = Problem("m", "math", "en", 1, "?", "", "1/2", "boxed", {"value": r"\frac{1}{2}"}, "m")
+PROGRAM = Problem("f", "functions", "en", 1, "?", "", "", "code", {"inputs": [["", "5"]]}, "f")
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (SUM, r"<think>a</think>So it is \boxed{5}."),
+        (SUM, r"a, then b</think> \[\boxed{5}\]"),  # a template opened the chain in the prompt
+        (SUM, r"First \boxed{4}? No: \boxed{5}"),  # no chain at all, and the last box counts
+        (MATH, r"<think>a</think>$\boxed{\dfrac{1}{2}}$"),
+        (MATH, r"<think>a</think>\boxed{0.5}"),
+        (GAME, r"<think>a</think>\boxed{(8+4)/2}"),
+        (GAME, r"<think>a</think>\boxed{\left(8 + 4\right) \div 2}"),
+        (GAME, r"<think>a</think>\boxed{\frac{8 + 4}{2}}"),
+        (TIMES, r"<think>a</think>\boxed{3 \times \frac{8}{4} \cdot 1}"),
+        (KNIGHTS, r"<think>a</think>\boxed{\text{knight, knave}}"),
+        (KNIGHTS, r"<think>a</think>\boxed{\text{Knight},\ \text{knave}}"),
+    ],
+)
+def test_without_tags_the_last_box_behind_the_chain_is_the_answer(problem, said):
+    verdict = score(problem, said, True, RewardWeights())
+    assert (verdict.accuracy, verdict.format) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (SUM, r"<think>so \boxed{5}"),  # a chain that never ended
+        (SUM, r"<think>so \boxed{5}</think>It is five."),
+        (SUM, r"<think>a</think>\boxed{5}<think>b"),
+        (SUM, r"<think>a</think>\boxed{5 or 6}"),
+        (SUM, r"<think>a</think>\boxed{5"),
+        (SUM, r"<think>a</think>\boxed{5} <answer>6</answer>"),  # a tag was there: what it says counts
+        (SUM, r"<think>a</think>\boxed{5} <answer>"),
+        (SUM, r"<think>a</think><answer>\boxed{5}</answer>"),  # only maths problems are answered in LaTeX between tags
+        (SUM, r"<think>a</think>\boxed{5}, no: \boxed{6}"),
+        (GAME, r"<think>a</think>\boxed{4 \times 2 - 2}"),
+        (PROGRAM, r"<think>a</think>\boxed{print(5)}"),
+    ],
+)
+def test_no_other_box_is_an_answer(problem, said):
+    assert score(problem, said, True, RewardWeights()).accuracy == 0
 
 
 def test_logic_rl_keeps_the_weights_that_it_does_not_replace():
