@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -15,10 +16,25 @@ from flows.pipelines import PIPELINES
 from flows.planning import Selection, plan
 from flows.recipes import REPRODUCTIONS, load_recipe
 from infra.store import ArtifactStore
+from stages.evaluate import EvaluateConfig
+from stages.grpo import GrpoConfig
+from stages.problems.problem import Problem
+from stages.problems.registry import FAMILIES, make
+from stages.rl.prompts import prompt_ids
+from stages.rl.rewards import TAGS, score
+from stages.rl.rollout import read_rollouts
+from stages.tokens.bpe import load_tokenizer
 
 QUESTIONS = [(f"Pull {n}.", str(n)) for n in range(10)]
 EVALUATE = {"samples": 2, "max_new_tokens": 16, "problems.limit": 8}
-GRPO = {"steps": 2, "groups_per_step": 4, "rollout_groups": 2, "group_size": 2, "max_new_tokens": 16}
+GRPO = {
+    "precision": "fp32",
+    "steps": 2,
+    "groups_per_step": 4,
+    "rollout_groups": 2,
+    "group_size": 2,
+    "max_new_tokens": 16,
+}
 SMALL: dict[str, dict[str, object]] = {
     "logic_rl": {"puzzles.n_train": 40, "puzzles.n_heldout": 10, "puzzles.levels": [2]},
     "tiny_zero": {"puzzles.n_train": 40, "puzzles.n_heldout": 10},
@@ -76,6 +92,41 @@ def test_a_reproduction_plans_every_node_from_a_published_checkpoint(
     assert made.problem is None
 
 
+# What a right reply earns; the recipe whose form is not said in the prompt has learnt it from traces.
+PAID = {"logic_rl": 3.0, "tiny_zero": 1.0, "open_r1": 1.1}
+
+
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_a_reproduction_says_the_form_of_a_reply_and_pays_it_in_full(
+    name: str, published: Path, sources: Path, tmp_path: Path
+) -> None:
+    recipe, tokenizer = load_recipe(name), load_tokenizer(published)
+    made = plan(
+        PIPELINES[recipe.pipeline or ""],
+        recipe,
+        ArtifactStore(tmp_path),
+        settings(name, published, sources),
+        Selection(),
+    )
+    configs = {step.node.name: step.config for step in made.steps}
+    if name == "open_r1":
+        assert configs["traces"].model_dump()["traces"] == "think_answer"
+        problem = Problem("m", "math", "en", 1, "?", "so", "1/2", "boxed", {"value": "1/2"}, "m")
+    else:
+        family = FAMILIES[configs["puzzles"].model_dump()["families"][0]]
+        problem = make(family, "en", 2, Random(0))
+    for config in configs.values():
+        if isinstance(config, GrpoConfig | EvaluateConfig):
+            ids = prompt_ids(problem.question, config.template, tokenizer, (), config.system_prompt)
+            said = tokenizer.decode(ids, skip_special=False)
+            assert problem.question in said
+            assert name == "open_r1" or all(tag in said for tag in TAGS)
+    (rewards,) = (config.rewards for config in configs.values() if isinstance(config, GrpoConfig))
+    for space in ("", " ", "\n"):
+        parts = ("<think>", problem.chain, "</think>", "<answer>", problem.answer, "</answer>")
+        assert score(problem, space.join(parts), True, rewards).reward == pytest.approx(PAID[name])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", REPRODUCTIONS)
@@ -97,3 +148,7 @@ def test_a_scaled_down_reproduction_runs_to_its_report(
     assert len(content["claims"]) == 1
     rl = store.check("math_rl@latest" if name == "open_r1" else "puzzle_rl@latest")
     assert rl.summary["steps"] == 2
+    tokenizer = load_tokenizer(rl.path)
+    asked = [tokenizer.decode(row["prompt_ids"], skip_special=False) for row in read_rollouts(rl.path)]
+    assert asked
+    assert name == "open_r1" or all(tag in prompt for prompt in asked for tag in TAGS)

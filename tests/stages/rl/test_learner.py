@@ -17,7 +17,9 @@ from stages.rl.mismatch import EngineMismatch
 from stages.rl.policy_loss import PolicyObjective
 from stages.rl.reward_model import load_reward_model, save_reward_model
 from stages.rl.rollout import grouped, read_rollouts
+from stages.rl.update import Update
 from stages.training.checkpoint import load_model
+from stages.training.distributed import Ranks
 from stages.training.resume import ResumeStore
 
 
@@ -27,6 +29,19 @@ def silent(done, total, unit, **metrics):
 
 def weights(folder):
     return load_model(folder).state_dict()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gpu_needs_twenty_bytes_a_parameter_beside_activations_and_cache(bandit_base, precision):
+    model = load_model(bandit_base)
+    update = Update(GrpoConfig(precision=precision), model, None, 0, Ranks(0, 1, torch.device("cpu")))
+    update.policy.bucket.zero()
+    low = [weight for weight in model.parameters() if weight.dtype == torch.bfloat16]
+    held = [*model.parameters(), *update.reference.parameters(), update.policy.bucket._flat]
+    held += [value for state in update.policy.optimizer.state.values() for value in state.values()]
+    held += low  # autograd's gradients, until the bucket has collected them
+    total = sum(tensor.nbytes for tensor in held) / sum(weight.numel() for weight in model.parameters())
+    assert total == pytest.approx(20, rel=0.01)  # README and flows/recipes/reproductions.py count on it
 
 
 def test_reward_rises_on_a_bandit(job, tmp_path):
