@@ -1,5 +1,5 @@
 """The published sizes, to plan, to build on the meta device and, where one GPU holds the model in training, to run: no
-stage shards a model over GPUs yet, so of 80 GB that is `moe_2b` (18 bytes a parameter) and no other.
+stage shards a model over GPUs yet, so of 80 GB that is `moe_2b` (up to 18 bytes a parameter) and no other.
 
 Pre-training is the papers': DeepSeek LLM 67B (2401.02954), DeepSeekMoE 2B and 16B (2401.06066), V2 and V2-Lite
 (2405.04434), V3 (2412.19437), as is the context extension of V2 and V3 and the reinforcement learning of R1-Zero
