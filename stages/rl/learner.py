@@ -194,6 +194,7 @@ class Learner:
         looked_at = [] if batch else rollouts[: config.group_size]
         self.update.learn(number, batch, *self.counts(rollouts, flat_P), tally, looked_at)
         tally.add(flops=self.step_flops(rollouts, [rollout for rollout, _ in batch]))
+        tally.add(flops=forward_flops(self.model.config, looked_at))
         row = tally.reduce(self.ranks)
         row["flops"] += self.rows[-1]["flops"] if self.rows else 0.0  # spent so far
         seconds = time.monotonic() - started
