@@ -2,7 +2,7 @@
 
 Written for vLLM 0.32. What its CPU build needs (found by comparing with transformers: without any of these it
 crashes or is silently wrong):
-- float32, because bf16 rollouts differ from an fp32 learner by a mean of 0.05 nats a token;
+- float32, which is nearer than bfloat16 to a learner of either precision (`benchmarks/rl/mismatch.py`);
 - `VLLM_MLA_DISABLE=1` unless kv_lora_rank = 512 and the rope part = 64, the one shape its MLA kernel was compiled for;
 - custom rotary embedding off: that kernel takes the 3-dimensional rope part of an MLA query for one head;
 - plain torch linears (no oneDNN), because prepacked weights are freed and cannot be loaded again;
