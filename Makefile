@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 unexport VIRTUAL_ENV PYTHONPATH
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow test-browser test-gpu lint format lock up down clean
+.PHONY: help setup run test test-slow test-vllm test-browser test-gpu lint format lock up down clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -40,6 +40,9 @@ test: $(STAMP) ## the default tests, two files at a time
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+test-vllm: $(STAMP) ## rollouts, exports and serving by vLLM's CPU build
+	$(BIN)/python -m pytest -m vllm
 
 test-browser: $(STAMP) ## the explorer and the run forms in a real browser (apt-get install chromium, or set CHROMIUM to one)
 	$(BIN)/python -m pytest -m browser

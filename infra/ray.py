@@ -146,13 +146,19 @@ def _gpus(ray: Any) -> int:
 
 
 def spmd(
-    fn: Callable[[Any, Report], Any], job: Any, ctx: Any, workers: int | None = None, threads: int = 1
+    fn: Callable[[Any, Report], Any],
+    job: Any,
+    ctx: Any,
+    workers: int | None = None,
+    threads: int = 1,
+    keep: bool = True,
 ) -> list[Any]:
     """Run fn(job, report) once a rank and return the results by rank.
 
     Each rank has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT and joins the process group itself; where
     there are GPUs it has one to itself, so there are no more ranks than GPUs. Rank 0's reports reach `ctx.report`. The
-    first failure ends every rank and is raised.
+    first failure ends every rank and is raised. Without `keep` no later task is given the ranks' processes: for what
+    cannot be started twice in one.
     """
     import ray
 
@@ -164,7 +170,8 @@ def spmd(
         )
     gpus = 1 if _gpus(ray) else 0
     mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
-    rank_task = ray.remote(_run_rank).options(num_cpus=threads, num_gpus=gpus, max_retries=0)
+    task = ray.remote(max_calls=0 if keep else 1)(_run_rank)
+    rank_task = task.options(num_cpus=threads, num_gpus=gpus, max_retries=0)
     refs = [rank_task.remote(fn, job, mailbox, rank, workers, threads) for rank in range(workers)]
     try:
         waiting = list(refs)

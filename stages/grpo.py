@@ -225,7 +225,8 @@ def grpo(config: GrpoConfig, inputs: Inputs, ctx: Context) -> dict:
         raise InputError(f"{inputs['problems'].id} has no training problem of {config.problems}: widen the filter")
     job = GrpoJob(config, str(inputs["checkpoint"].path), problems, str(ctx.out), str(ctx.scratch), judges, general)
     workers = min(ctx.workers, config.groups_per_step // config.rollout_groups)
-    rows = [{"step": step, **row} for step, row in enumerate(spmd(learn, job, ctx, workers=workers)[0], start=1)]
+    done = spmd(learn, job, ctx, workers=workers, keep=config.engine == "native")[0]
+    rows = [{"step": step, **row} for step, row in enumerate(done, start=1)]
     RolloutStore(ctx.scratch / ROLLOUTS).copy(ctx.out, config.keeps)
     drawn = [panel for panel in PANELS if any(name in rows[0] for name in panel.series)]
     plot_curves(ctx.out / "curves.png", rows, drawn)

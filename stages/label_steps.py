@@ -61,7 +61,7 @@ def label_steps(config: LabelStepsConfig, inputs: Inputs, ctx: Context) -> dict:
         seed=config.seed,
         store=str(ctx.scratch / STORE),
     )
-    spmd(label, job, ctx)
+    spmd(label, job, ctx, keep=config.engine == "native")
     done = list(read_rollouts(ctx.scratch / STORE))
     write_rollouts(ctx.out / "rollouts-00000-0000.parquet", done)
     labels = [reward for row in done for reward in row["step_rewards"]]

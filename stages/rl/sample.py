@@ -48,7 +48,7 @@ class SampleJob:
 def sampled(job: SampleJob, ctx: Context) -> Iterator[list[dict[str, Any]]]:
     """Rows of `rollout.SCHEMA` for each problem of the job, in order. A run that was killed goes on where it was."""
     job = dataclasses.replace(job, store=str(ctx.scratch / ROLLOUTS))
-    spmd(sample, job, ctx)
+    spmd(sample, job, ctx, keep=job.engine == "native")
     return grouped(read_rollouts(Path(job.store)))
 
 

@@ -1,4 +1,4 @@
-"""`fathom serve` with its own engine, asked by OpenAI's client; vLLM on the same checkpoint in a slow test."""
+"""`fathom serve` with its own engine, asked by OpenAI's client; marked `vllm`, vLLM on the same checkpoint."""
 
 from __future__ import annotations
 
@@ -303,7 +303,7 @@ def test_a_stop_string_is_found_across_tokens_and_half_of_one_is_not_given_away(
     assert choice.n_tokens == sum(len(tokenizer.encode(text)) for text in ("a1", "3", "12"))
 
 
-@pytest.mark.slow
+@pytest.mark.vllm
 def test_vllm_serves_the_export_and_gives_our_own_greedy_reply(
     chat_store: ArtifactStore, chat_checkpoint: Path
 ) -> None:

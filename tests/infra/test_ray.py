@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from sample_stages import write_to_full_device
@@ -20,6 +22,7 @@ from sample_workers import (
     slow_first,
     square,
     sum_of_ranks,
+    who,
     world_size,
 )
 
@@ -105,6 +108,14 @@ def test_a_map_closed_in_the_middle_leaves_the_driver_and_the_workers_alive() ->
 
 def test_a_worker_keeps_nothing_of_the_last_job() -> None:
     assert set(ray_map(world_size, range(8))) == {None}
+
+
+def test_ranks_that_are_not_kept_end_with_their_job(tmp_path: Path) -> None:
+    ranks = spmd(who, None, Context.local(tmp_path, workers=2), keep=False)
+    until = time.monotonic() + 30
+    while any(psutil.pid_exists(rank) for rank in ranks):
+        assert time.monotonic() < until, f"of {ranks} one still waits for work"
+        time.sleep(0.1)
 
 
 def test_more_workers_than_the_cluster_has_is_a_config_error(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ print("REPLIES", json.dumps([reply.tokens for reply in replies]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.vllm
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_equals_vllms(family, tmp_path):
     """vLLM on the exported files, in a process of its own: it cannot be started twice in one."""

@@ -2,12 +2,13 @@
 
 Written for vLLM 0.32. What its CPU build needs (found by comparing with transformers: without any of these it
 crashes or is silently wrong):
-- float32, because bf16 rollouts differ from an fp32 learner by a mean of 0.05 nats a token;
+- float32, which is nearer than bfloat16 to a learner of either precision (`benchmarks/rl/mismatch.py`);
 - `VLLM_MLA_DISABLE=1` unless kv_lora_rank = 512 and the rope part = 64, the one shape its MLA kernel was compiled for;
 - custom rotary embedding off: that kernel takes the 3-dimensional rope part of an MLA query for one head;
 - plain torch linears (no oneDNN), because prepacked weights are freed and cannot be loaded again;
 - experts packed anew by hand after each load.
-The process must be this engine's for good: vLLM cannot be torn down and started again in one process.
+The process must be this engine's for good: vLLM cannot be torn down and started again in one process. Stages that offer
+it end their ranks' processes with the job (`spmd` without `keep`).
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ from stages.rl.engines.base import Reply, Sampling
 
 CPU_CACHE_GIB = 1  # else vLLM takes a large share of the memory
 GPU_MEMORY_SHARE = 0.4  # the learner lives on the same device
+CPU_BLOCK = 32  # tokens: the smallest that its attention takes, for a prefix is shared in whole blocks (default: 128)
 MLA_KERNEL_SHAPE = (512, 64)
 COMPILATION = {"custom_ops": ["-rotary_embedding"]}
 
 
 class VllmEngine:
-    """Generates with `model`'s weights as of the last `update_weights` (at first: as of the construction)."""
+    """Generates with `model`'s weights as of the last `update_weights` (at first: as of the construction).
 
-    def __init__(self, model: Transformer, tokenizer_dir: str) -> None:
+    It computes in `dtype`, a name of vLLM's; None: float32 on a CPU, bfloat16 on CUDA.
+    """
+
+    def __init__(self, model: Transformer, tokenizer_dir: str, dtype: str | None = None) -> None:
         self._model = model
         self._cpu = not torch.cuda.is_available()
         os.environ.update(environment(model.config, self._cpu))
@@ -46,10 +51,11 @@ class VllmEngine:
             export_hf(model, folder, tokenizer_dir)
             self._llm = LLM(
                 model=folder,
-                dtype="float32" if self._cpu else "bfloat16",
+                dtype=dtype or ("float32" if self._cpu else "bfloat16"),
                 max_model_len=model.config.max_position,
                 enforce_eager=self._cpu,
-                enable_prefix_caching=False,
+                enable_prefix_caching=True,  # which vLLM itself turns off for its CPU MLA kernel
+                block_size=CPU_BLOCK if self._cpu else None,
                 logprobs_mode="processed_logprobs",  # after the temperature, as the learner computes them
                 compilation_config=COMPILATION,
                 gpu_memory_utilization=GPU_MEMORY_SHARE,
@@ -59,9 +65,15 @@ class VllmEngine:
         self._served = getattr(worker, "worker", worker).model_runner.model
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seed: int) -> list[Reply]:
-        """As the protocol; with top_p < 1, vLLM's log-probabilities are those *after* the truncation."""
+        """As the protocol; with top_p < 1, vLLM's log-probabilities are those *after* the truncation.
+
+        Replies to equal prompts share their whole blocks, within a call: so they depend on nothing that was asked
+        before, nor on earlier weights.
+        """
         from vllm import SamplingParams
 
+        emptied = self._llm.reset_prefix_cache()
+        assert emptied, "replies of an earlier call are unfinished"
         parameters = [
             SamplingParams(
                 temperature=sampling.temperature,
@@ -88,7 +100,6 @@ class VllmEngine:
         self._served.load_weights(published_tensors(self._model))
         if self._cpu:
             _pack_experts(self._served)
-        self._llm.reset_prefix_cache()
 
 
 def _reply(output: Any) -> Reply:

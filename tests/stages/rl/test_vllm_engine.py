@@ -10,7 +10,7 @@ from stages.rl.engines.base import Sampling
 from stages.rl.engines.native import NativeEngine
 from stages.tokens.bpe import train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.vllm
 
 
 def build(folder):
@@ -41,11 +41,12 @@ def transformers_greedy(model, folder, prompts, n):
 
 @torch.no_grad()
 def test_vllm_agrees_with_transformers_before_and_after_a_weight_update(tmp_path):
+    """Prompts of more than a block of its cache, asked again after the update, and some behind another's beginning."""
     pytest.importorskip("vllm")
     from stages.rl.engines.vllm import VllmEngine
 
     model = build(tmp_path)
-    prompts = [[0, *range(20, 20 + n)] for n in (3, 7, 12, 5)]
+    prompts = [[0, *range(20, 20 + n)] for n in (3, 7, 40, 40, 70)]
     greedy = Sampling(24, temperature=0.0)
     engine = VllmEngine(model, str(tmp_path))
     replies = engine.generate(prompts, greedy, seed=0)
@@ -66,3 +67,23 @@ def test_vllm_agrees_with_transformers_before_and_after_a_weight_update(tmp_path
         assert torch.tensor(reply.logprobs) == pytest.approx(expected, abs=1e-4)
     native = NativeEngine(model).generate(prompts, greedy, seed=0)
     assert [r.tokens for r in native] == [r.tokens for r in updated]
+
+
+def test_replies_to_a_prompt_share_its_blocks_and_none_outlives_its_call(tmp_path, monkeypatch):
+    pytest.importorskip("vllm")
+    from stages.rl.engines.vllm import CPU_BLOCK, VllmEngine
+
+    engine = VllmEngine(build(tmp_path), str(tmp_path))
+    inner, cached = engine._llm.generate, []
+
+    def generate(*arguments, **options):
+        outputs = inner(*arguments, **options)
+        cached.append([output.num_cached_tokens for output in outputs])
+        return outputs
+
+    monkeypatch.setattr(engine._llm, "generate", generate)
+    short, long = [0, *range(20, 30)], [0, *range(20, 100)]
+    for _ in range(2):
+        engine.generate([short, short, long, long, long], Sampling(8), seed=0)
+    whole = len(long) // CPU_BLOCK * CPU_BLOCK
+    assert cached == [[0, 0, 0, whole, whole]] * 2

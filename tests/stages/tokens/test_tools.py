@@ -185,7 +185,7 @@ def test_a_template_that_lists_tools_and_forgets_the_calls_cannot_be_learnt_from
         render([USER, {**ASKS, "content": ""}], bpe.load_tokenizer(tmp_path), tools=TOOLS)
 
 
-@pytest.mark.slow
+@pytest.mark.vllm
 def test_vllms_parser_reads_our_calls(tmp_path):
     pytest.importorskip("vllm")
     from vllm.tool_parsers import ToolParserManager
