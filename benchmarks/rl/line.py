@@ -6,8 +6,9 @@
 Takes `tokenize@latest` and the API reference from the store of the working folder, as `benchmarks/training/base.py`
 does, and makes the nodes of the line from the base to R1, with evaluations of five of them: what is finished is reused,
 what was killed goes on. Base and policy see no longer context than replies need, so the context extension is left out.
-Writes results/RECIPE_line.json beside this file, or into --out: pass@1 and paired gains with intervals over problems,
-and the curves of reward, accuracy, reply length and the rest of each RL run, with their plots.
+Writes results/RECIPE_line.json beside this file, or into --out, anew behind every RL run and evaluation: pass@1 and
+paired gains with intervals over problems, and the curves of reward, accuracy, reply length and the rest of each RL run,
+with their plots.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ NODES = (
     *("cold_start", "evaluate_cold_start", "reasoning_rl", "evaluate_reasoning_rl"),
     *("sample", "rejection_sample", "general", "sft", "final_rl", "evaluate_r1"),
 )
+EVALUATIONS = tuple(name for name in NODES if name.startswith("evaluate_"))
 
 
 def node(name: str) -> Node:
@@ -73,11 +76,17 @@ def main() -> None:
     families = json.dumps(arguments.families)
     chosen = [f"generate_problems.families={families}", *(f"{name}.problems.families={families}" for name in asking)]
     configs = load_recipe(arguments.recipe).resolve(LINE, [*chosen, *arguments.set])
-    made = {name: make(node(name), configs[name], store, settings) for name in nodes}
-
     arguments.out.mkdir(parents=True, exist_ok=True)
-    about = f"{arguments.recipe}_line"
-    reports = {name: artifact for name, artifact in made.items() if name.startswith("evaluate_")}
+    made: dict[str, Artifact] = {}
+    for name in nodes:
+        made[name] = make(node(name), configs[name], store, settings)
+        if name in RL or name in EVALUATIONS:
+            keep(made, arguments.out, f"{arguments.recipe}_line", arguments.commit)
+
+
+def keep(made: Mapping[str, Artifact], out: Path, about: str, commit: str | None) -> None:
+    """Write what the nodes made so far say, so that a run that is cut off leaves it."""
+    reports = {name: made[name] for name in EVALUATIONS if name in made}
     rows = [
         {**evaluation(name.removeprefix("evaluate_"), artifact), "anchors": {}} for name, artifact in reports.items()
     ]
@@ -97,12 +106,12 @@ def main() -> None:
             for metric, value in {**summary, "seconds": made[name].manifest.provenance.wall_seconds}.items()
             if isinstance(value, int | float)
         ]
-        shutil.copy(made[name].path / "curves.png", arguments.out / f"{about}_{name}.png")
+        shutil.copy(made[name].path / "curves.png", out / f"{about}_{name}.png")
     record.write(
-        arguments.out / f"{about}.json",
+        out / f"{about}.json",
         " ".join(["python benchmarks/rl/line.py", *sys.argv[1:]]),
         rows,
-        arguments.commit,
+        commit,
         **{f"curve_{name}": curve(made[name]) for name in filter(made.get, RL)},
         **{
             name: json.loads((artifact.path / "report.json").read_text())["problems"]
