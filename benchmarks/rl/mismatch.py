@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--commit", help="of a tree that is no checkout")
     arguments = parser.parse_args()
     settings = Settings.load()
     store = ArtifactStore(settings.store, settings.workspace)
@@ -105,7 +106,8 @@ def main() -> None:
             for row in rows[-2:]:
                 print(f"{row['case']}: {row['metric']} {row['ours']:.3g}", file=sys.stderr)
     command = " ".join(["python benchmarks/rl/mismatch.py", *sys.argv[1:]])
-    record.write(arguments.out / f"mismatch_{ranks.device.type}.json", command, rows, checkpoint=checkpoint.id)
+    path = arguments.out / f"mismatch_{ranks.device.type}.json"
+    record.write(path, command, rows, arguments.commit, checkpoint=checkpoint.id)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,18 @@ def test_reward_rises_on_a_bandit(job, tmp_path):
     assert rows[-1]["flops"] > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "staleness"), [("fp32", 0), ("bf16", 0), ("bf16", 1)])
+def test_reward_rises_on_a_gpu(job, tmp_path, precision, staleness):
+    """Decoding replays recorded steps of weights that learn; exploring one step late has a stream of its own."""
+    options = {"precision": precision, "staleness": staleness, "importance_cap": 2.0, "kl_coefficient": 0.0}
+    rows = learn(job(tmp_path, steps=40, group_size=16, learning_rate=3e-3, **options), silent)
+    assert sum(row["accuracy"] for row in rows[:3]) / 3 < 0.3
+    assert sum(row["accuracy"] for row in rows[-3:]) / 3 > 0.6
+    if not staleness:
+        assert max(row["mismatch_kl"] for row in rows) < (1e-6 if precision == "fp32" else 1e-2)
+
+
 def test_with_learning_rate_zero_nothing_moves_and_all_three_policies_agree(job, bandit_base, tmp_path):
     for row in learn(job(tmp_path, steps=2, learning_rate=0.0, updates_per_exploration=2), silent):
         assert row["kl"] <= 1e-5
