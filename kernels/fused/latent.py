@@ -20,8 +20,8 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def _attend(
-    q_ptr, q_rope_ptr, cache_ptr, position_ptr, y_ptr, part_ptr, log_sum_ptr, n, heads, length, q_token, q_head,
-    rope_token, rope_head, cache_row, scale,
+    q_ptr, q_rope_ptr, cache_ptr, position_ptr, y_ptr, part_ptr, log_sum_ptr, n, heads, length, slots, q_token,
+    q_head, rope_token, rope_head, cache_row, scale,
     LATENT: tl.constexpr, ROPE: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def _attend(
     q_HC = tl.load(q_ptr + c[None, :], mask=mine & (c[None, :] < LATENT), other=0.0)
     q_HR = tl.load(q_rope_ptr + r[None, :], mask=mine & (r[None, :] < ROPE), other=0.0)
     cache_ptr += (token // length).to(tl.int64) * cache_row
-    seen = tl.load(position_ptr + token).to(tl.int32) + 1
+    seen = tl.minimum(tl.load(position_ptr + token).to(tl.int32) + 1, slots)
     share = tl.cdiv(tl.cdiv(seen, S), SPLITS) * S
     first = split * share
     last = tl.minimum(first + share, seen)
@@ -67,21 +67,25 @@ def _attend(
         tl.store(log_sum_ptr + out, most_H + tl.log2(sum_H), mask=head < heads)
 
 
-def tile(c: int) -> int:
-    """Slots of a tile of latents of padded width c."""
+def tile(c: int, dtype: torch.dtype) -> int:
+    """Slots of a tile of latents of padded width c: as many as registers hold."""
+    if dtype == torch.float32:
+        return 16
     return 64 if c <= 256 else 32
 
 
 def latent_attention(
     q_NHC: Tensor, q_NHR: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, scale: float
 ) -> Tensor:
-    """`eager.latent_attention`; slots past a token's position are not read, the queries lie where they were made."""
+    """`eager.latent_attention`; slots past a token's position or past the mask are not read, and the queries lie where
+    they were made."""
     (n, heads, rank), rope, device = q_NHC.shape, q_NHR.shape[2], q_NHC.device
     assert q_NHC.stride(2) == q_NHR.stride(2) == cached_BSL.stride(2) == 1, "columns must be one after another"
     assert cached_BSL.stride(1) == rank + rope, f"slots must be one after another: {cached_BSL.stride()}"
     blocks = triton.cdiv(heads, HEADS)
     c = triton.next_power_of_2(max(rank, 16))
-    tiles = triton.cdiv(mask_BTS.shape[-1], tile(c))
+    slots, size = mask_BTS.shape[-1], tile(c, q_NHC.dtype)
+    tiles = triton.cdiv(slots, size)
     splits = 1
     while splits < min(MOST_SPLITS, tiles) and n * blocks * splits < processors(device):
         splits *= 2
@@ -90,8 +94,8 @@ def latent_attention(
     log_sum_PNH = torch.empty(splits, n, heads, dtype=torch.float32, device=device) if splits > 1 else y_NHC
     _attend[(n, blocks, splits)](
         q_NHC, q_NHR, cached_BSL, position_BT.contiguous(), y_NHC, part_PNHC, log_sum_PNH, n, heads,
-        position_BT.shape[1], *q_NHC.stride()[:2], *q_NHR.stride()[:2], cached_BSL.stride(0), scale * LOG2_E,
-        LATENT=rank, ROPE=rope, H=HEADS, C=c, R=triton.next_power_of_2(max(rope, 16)), S=tile(c), SPLITS=splits,
+        position_BT.shape[1], slots, *q_NHC.stride()[:2], *q_NHR.stride()[:2], cached_BSL.stride(0), scale * LOG2_E,
+        LATENT=rank, ROPE=rope, H=HEADS, C=c, R=triton.next_power_of_2(max(rope, 16)), S=size, SPLITS=splits,
     )  # fmt: skip
     if splits == 1:
         return y_NHC
