@@ -1,7 +1,8 @@
-"""What runs on a CPU under `torch.inference_mode`, with no backward pass to prepare for.
+"""What runs under `torch.inference_mode`, with no backward pass to prepare for.
 
-A decoding step is a few rows long, so there an operation costs what its dispatches cost, not what its arithmetic costs.
-On CUDA steps are recorded, and the kernels of `fused` are what costs least. Letters as in `kernels.reference`.
+On a CPU a decoding step is a few rows long, so an operation costs what its dispatches cost, not what its arithmetic
+costs: what `suits` it is written in few operations. On CUDA steps are recorded, and the kernels of `fused` cost least.
+Letters as in `kernels.reference`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import eager
 from kernels.dispatch import implementation
 from kernels.eager import swiglu
 from kernels.reference import rms_norm
@@ -52,5 +54,6 @@ def routed_experts(
 def latent_attention(
     q_NHC: Tensor, q_NHR: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, scale: float
 ) -> Tensor:
-    """`eager.latent_attention`."""
-    return implementation(q_NHC).latent_attention(q_NHC, q_NHR, cached_BSL, position_BT, mask_BTS, scale)
+    """`eager.latent_attention`, which in fp32 is the faster one on CUDA too (benchmarks/LOG.md, 2026-11-27)."""
+    module = eager if q_NHC.dtype == torch.float32 else implementation(q_NHC)
+    return module.latent_attention(q_NHC, q_NHR, cached_BSL, position_BT, mask_BTS, scale)

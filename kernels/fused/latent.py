@@ -67,10 +67,8 @@ def _attend(
         tl.store(log_sum_ptr + out, most_H + tl.log2(sum_H), mask=head < heads)
 
 
-def tile(c: int, dtype: torch.dtype) -> int:
-    """Slots of a tile of latents of padded width c: as many as registers hold."""
-    if dtype == torch.float32:
-        return 16
+def tile(c: int) -> int:
+    """Slots of a tile of latents of padded width c."""
     return 64 if c <= 256 else 32
 
 
@@ -84,7 +82,7 @@ def latent_attention(
     assert cached_BSL.stride(1) == rank + rope, f"slots must be one after another: {cached_BSL.stride()}"
     blocks = triton.cdiv(heads, HEADS)
     c = triton.next_power_of_2(max(rank, 16))
-    slots, size = mask_BTS.shape[-1], tile(c, q_NHC.dtype)
+    slots, size = mask_BTS.shape[-1], tile(c)
     tiles = triton.cdiv(slots, size)
     splits = 1
     while splits < min(MOST_SPLITS, tiles) and n * blocks * splits < processors(device):
