@@ -58,7 +58,7 @@ class EvaluateConfig(Config):
 
 
 @stage(
-    version=5,
+    version=6,
     takes={"checkpoint": "checkpoint", "problems": "problems", "tokens": optional("tokens")},
     makes="report",
 )

@@ -203,7 +203,7 @@ class GrpoConfig(Config):
 
 
 @stage(
-    version=4,
+    version=5,
     takes={
         "checkpoint": "checkpoint",
         "problems": "problems",

@@ -29,7 +29,7 @@ class LabelStepsConfig(Config):
     seed: int = Field(0, title="Seed")
 
 
-@stage(version=3, takes={"checkpoint": "checkpoint", "rollouts": one_of("rollouts", "checkpoint")}, makes="rollouts")
+@stage(version=4, takes={"checkpoint": "checkpoint", "rollouts": one_of("rollouts", "checkpoint")}, makes="rollouts")
 def label_steps(config: LabelStepsConfig, inputs: Inputs, ctx: Context) -> dict:
     """Label each step of well-formed replies by completing it with a checkpoint and judging the answers."""
     order: dict[str, dict] = {}  # by problem and text: of replies that say the same, one

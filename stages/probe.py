@@ -36,7 +36,7 @@ class ProbeConfig(Config):
     seed: int = Field(0, title="Seed")
 
 
-@stage(version=3, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="report")
+@stage(version=4, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="report")
 def probe(config: ProbeConfig, inputs: Inputs, ctx: Context) -> dict:
     """Measure language mixing, few-shot sensitivity, JSON output, function calling and multi-turn follow-ups."""
     splits = {
@@ -48,7 +48,7 @@ def probe(config: ProbeConfig, inputs: Inputs, ctx: Context) -> dict:
     cases = build(Material(splits["heldout"], splits["train"], config.cases, config.shots, config.seed))
     job = AskJob(
         checkpoint=str(inputs["checkpoint"].path),
-        conversations=tuple((case.messages, case.tools) for case in cases),
+        conversations=tuple((case.messages, case.tools, case.language) for case in cases),
         template=config.template,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,

@@ -50,7 +50,7 @@ class SampleConfig(Config):
         return self
 
 
-@stage(version=3, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="rollouts")
+@stage(version=4, takes={"checkpoint": "checkpoint", "problems": "problems"}, makes="rollouts")
 def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
     """Sample replies to training problems and score them."""
     problems = config.problems.select(read_problems(inputs["problems"].path / "train.jsonl"))

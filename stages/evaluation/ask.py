@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from infra.metrics import Report
+from stages.problems.problem import Language
 from stages.rl.engines import open_engine
 from stages.rl.engines.base import Reply, Sampling
 from stages.rl.prompts import Template, prompt_ids, reply_text
@@ -20,7 +21,7 @@ from stages.training.checkpoint import load_model
 from stages.training.distributed import process_group
 
 UNASKED = Reply([], [], False)
-Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]  # messages, and the tools offered
+Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], Language]  # messages, tools offered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ def ask(job: AskJob, report: Report) -> list[Said]:
 def conversation_ids(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
+    language: Language,
     template: Template,
     tokenizer: Tokenizer,
 ) -> list[int]:
@@ -87,4 +89,4 @@ def conversation_ids(
         messages, tools = [{"role": "system", "content": offer_text(tools)}, *messages], ()
     if template == "chat":
         return render(messages, tokenizer, generation_prompt=True, tools=tools)[0]
-    return prompt_ids("\n".join(message["content"] for message in messages), template, tokenizer)
+    return prompt_ids("\n".join(turn["content"] for turn in messages), template, tokenizer, language=language)

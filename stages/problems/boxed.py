@@ -27,6 +27,8 @@ _SIGNS = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | str.make
 )
 _TRIFLES = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[!,;: ]|~")  # they change the looks alone
 _MATH = re.compile(r"\$\$(.*)\$\$|\$(.*)\$|\\\((.*)\\\)|\\\[(.*)\\\]", re.DOTALL)
+_FRACTION = re.compile(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}")
+NESTED = 4  # fractions in fractions that are read
 _INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 _NUMBER = re.compile(
     rf"""(?:[a-zA-Z]=)?(?P<sign>[+-]?)(?:\\\$)?
@@ -56,7 +58,8 @@ def plain(text: str) -> str:
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\!", "", text)
     text = re.sub(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " ", text)
     text = re.sub(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox) *\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\[dt]?frac *\{([^{}]*)\} *\{([^{}]*)\}", r"((\1)/(\2))", text)
+    for _ in range(NESTED):
+        text = _FRACTION.sub(r"((\1)/(\2))", text)
     return re.sub(r"\\(?:times|cdot)(?![a-zA-Z])", "*", re.sub(r"\\div(?![a-zA-Z])", "/", text))
 
 

@@ -79,7 +79,7 @@ def judge(problem: Problem, text: str, every_test: bool = False) -> Verdict:
     answer = _answer(problem, text)
     if len(answer) > MAX_ANSWER:
         return Verdict(False, 0.0, f"longer than {MAX_ANSWER} characters")
-    right = VERIFIERS[problem.verifier](_plain(answer), problem.arguments)
+    right = VERIFIERS[problem.verifier](answer.translate(SAME_SIGN), problem.arguments)
     return Verdict(right, float(right), "" if right else "wrong answer")
 
 
@@ -104,7 +104,7 @@ ROLES = ("knight", "knave", "骑士", "骗子")
 
 def readable(problem: Problem, text: str) -> bool:
     """Whether `text` has the form of an answer to `problem`, right or wrong: what Logic-RL calls parseable."""
-    answer = _plain(_answer(problem, text)[: MAX_ANSWER + 1])
+    answer = _answer(problem, text)[: MAX_ANSWER + 1].translate(SAME_SIGN)
     if not answer or (len(answer) > MAX_ANSWER and problem.verifier != "code"):
         return False
     parts = [part for part in re.split(r"[ ,，、]+", answer.lower()) if part]
@@ -127,11 +127,14 @@ def ballot(problem: Problem, text: str) -> str:
     """What an answer votes for in a consensus, the same for answers that say the same. It never looks at the right one.
 
     Two expressions say the same if they are worth the same and use the same numbers; two numbers in any spelling, if
-    they are equal; two formulas, if they are written alike.
+    they are equal (50 % may mean two, and is a vote of its own); two formulas, if they are written alike.
     """
     if problem.verifier == "code":  # programs that are written alike but for spaces at the ends of lines
         return "\n".join(line.rstrip() for line in program_of(text).split("\n"))
-    plain = _plain(_answer(problem, text)[:MAX_ANSWER])
+    answer = _answer(problem, text)
+    if len(answer) > MAX_ANSWER:  # wrong, so it shares no vote with what may be right
+        return answer
+    plain = answer.translate(SAME_SIGN)
     if problem.verifier == "countdown":
         try:
             result = evaluate(plain)
@@ -139,16 +142,12 @@ def ballot(problem: Problem, text: str) -> str:
             return plain
         return f"{result.value} from {sorted(result.numbers)}"
     if problem.verifier == "boxed":
-        return str(min(readings(tidy(plain)), default=tidy(plain)))
+        return " or ".join(map(str, sorted(readings(tidy(plain))))) or tidy(plain)
     if problem.verifier in ("text", "reasoning_gym"):  # judged by the letter
-        return re.sub(r"[ \t]+(?=\n|$)", "", plain.strip())
+        return re.sub(r"[ \t]+(?=\n|$)", "", plain)
     return re.sub(r"[ ,，、]+", " ", plain.lower())
 
 
 def _answer(problem: Problem, text: str) -> str:
-    """What of the text is judged: all of it, unless the answer is to stand in a box."""
-    return cut(text) if problem.verifier == "boxed" else text
-
-
-def _plain(text: str) -> str:
-    return text.strip().translate(SAME_SIGN)
+    """What of the text is judged: all of it, unless the answer is to stand in a box; without the space around it."""
+    return (cut(text) if problem.verifier == "boxed" else text).strip()

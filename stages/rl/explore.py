@@ -101,6 +101,7 @@ class Explorer:
                 tokenizer,
                 similar(asking.examples, problem),
                 asking.system_prompt,
+                problem.language,
             )
             for problem in problems
         ]

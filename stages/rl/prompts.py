@@ -17,12 +17,13 @@ the question, as the pre-training mix has them one after the other.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal
 
 from infra.errors import InputError
 from stages.corpus.languages import identify
-from stages.problems.problem import Problem
+from stages.problems.problem import Language, Problem
 from stages.tokens.bpe import Tokenizer
 from stages.tokens.chat_template import assistant_content, render
 
@@ -51,28 +52,36 @@ def prompt_ids(
     tokenizer: Tokenizer,
     examples: Sequence[Problem] = (),
     system_prompt: str | None = None,
+    language: Language | None = None,
 ) -> list[int]:
-    """The ids that the reply continues. InputError where the checkpoint's chat template drops the system prompt."""
+    """The ids that the reply continues. `language` is the question's, by its script if None. InputError where the
+    checkpoint's chat template drops the system prompt."""
     if template == "chat":
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []
         turns = [turn for example in examples for turn in worked_turns(example)]
         ids, _ = render([*system, *turns, {"role": "user", "content": question}], tokenizer, generation_prompt=True)
-        if system_prompt and system_prompt.strip() not in tokenizer.decode(ids):
+        if system_prompt and _folded(system_prompt) not in _folded(tokenizer.decode(ids)):
             raise InputError("this checkpoint's chat template drops the system turn: leave system_prompt out")
         return ids
     ids: list[int] = []
     for example in examples:
         said = assistant_content(example.chain, example.answer)
-        ids += [*tokenizer.opening, *tokenizer.encode(as_text(example.question, template, said)), tokenizer.eos]
-    return [*ids, *tokenizer.opening, *tokenizer.encode(as_text(question, template))]
+        text = as_text(example.question, template, said, example.language)
+        ids += [*tokenizer.opening, *tokenizer.encode(text), tokenizer.eos]
+    return [*ids, *tokenizer.opening, *tokenizer.encode(as_text(question, template, language=language))]
 
 
-def as_text(question: str, template: Template, reply: str = "") -> str:
-    """A question to a base model, and the reply to it."""
+def as_text(question: str, template: Template, reply: str = "", language: Language | None = None) -> str:
+    """A question to a base model, and the reply to it. `language` is the question's, by its script if None."""
     if template == "r1_zero":
         return f"{question}\n{reply}"
-    asked = DESCRIBED["zh" if identify(question) == "zh" else "en"].replace("{question}", question)
+    asked = DESCRIBED["zh" if (language or identify(question)) == "zh" else "en"].replace("{question}", question)
     return f"{asked} {reply}" if reply else asked
+
+
+def _folded(text: str) -> str:
+    """Text as a tokenizer's normaliser may leave it: without differences of spaces and of Unicode's spellings."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def check_system_prompt(template: Template, system_prompt: str | None) -> None:

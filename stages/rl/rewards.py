@@ -169,9 +169,11 @@ def answer_of(problem: Problem, text: str) -> str | None:
 def untagged_answer(problem: Problem, text: str) -> str | None:
     """The answer behind a chain, which some templates open in the prompt; a chain that never ended has none."""
     said = text.rpartition("</think>")[2]
+    if "<think>" in said:
+        return None
     if problem.verifier == "code":
         return said if "```" in said else None
-    box = None if "<think>" in said else last_box(said)
+    box = last_box(said)
     return box if box is None or problem.verifier == "boxed" else plain(box)
 
 

@@ -46,7 +46,7 @@ def test_a_probes_report_is_what_its_replies_say(inputs, ray_session, tmp_path):
 
 def test_what_does_not_fit_the_context_is_not_asked_and_counted(inputs, bandit_base):
     short, long = ([{"role": "user", "content": text}] for text in ("Pull 3.", "Pull 3. " * 40))
-    job = AskJob(str(bandit_base), ((short, ()), (long, ()), (short, ())), "chat", 12, 0.0, 1.0, 0)
+    job = AskJob(str(bandit_base), ((short, (), "en"), (long, (), "en"), (short, (), "en")), "chat", 12, 0.0, 1.0, 0)
     said = ask(job, lambda *_, **__: None)
     assert [(one.number, one.tokens > 0) for one in said] == [(0, True), (1, False), (2, True)]
     assert said[0].text == said[2].text
@@ -55,7 +55,7 @@ def test_what_does_not_fit_the_context_is_not_asked_and_counted(inputs, bandit_b
 def test_a_published_template_is_told_of_tools_in_words(tmp_path, publish_tokenizer):
     tokenizer = load_tokenizer(publish_tokenizer(tmp_path))
     tool = {"type": "function", "function": {"name": "pull"}}
-    ids = conversation_ids([{"role": "user", "content": "Pull 3."}], [tool], "chat", tokenizer)
+    ids = conversation_ids([{"role": "user", "content": "Pull 3."}], [tool], "en", "chat", tokenizer)
     text = tokenizer.decode(ids, skip_special=False)
     assert text.startswith("<|im_start|>system\n")
     assert '{"name": "pull"}' in text
@@ -66,7 +66,7 @@ def test_a_base_model_reads_a_conversation_as_its_lines(inputs):
     tokenizer = load_tokenizer(inputs["checkpoint"].path)
     messages = [{"role": "user", "content": "Pull 3."}, {"role": "assistant", "content": "3"}]
     tool = {"type": "function", "function": {"name": "pull"}}
-    ids = conversation_ids(messages, [tool], "r1_zero", tokenizer)
+    ids = conversation_ids(messages, [tool], "en", "r1_zero", tokenizer)
     assert ids[0] == tokenizer.bos
     text = tokenizer.decode(ids[1:])
     assert '"pull"' in text

@@ -240,6 +240,7 @@ def test_equal_numbers_are_one_ballot():
     votes = {ballot(asked, text) for text in ("0.75", r"\boxed{\frac{3}{4}}", r"so \boxed{6/8}", "x = 3/4")}
     assert len(votes) == 1
     assert ballot(asked, "0.7") not in votes
+    assert ballot(problem("50"), r"50\%") != ballot(problem("50"), "0.5")  # only one of them may mean 50
     assert ballot(asked, "no idea") == "no idea"
 
 

@@ -99,6 +99,30 @@ def test_a_ballot_is_the_same_for_answers_that_say_the_same():
     assert ballot(listed, "1, 2") == ballot(listed, "1 2") != ballot(listed, "2 1")
 
 
+ANSWERS = {
+    "countdown": ({"numbers": [5, 2], "target": 3}, "52+-() ×３"),
+    "integer": ({"value": 5}, "5-0 ,."),
+    "integers": ({"values": [5, 2]}, "52 ,，"),
+    "digits": ({"value": "05"}, "05 ,"),
+    "roles": ({"values": ["knight"]}, "knightKN ,"),
+    "boxed": ({"value": "50"}, "50.%\\/ -$"),
+}
+
+
+@pytest.mark.parametrize("verifier", ANSWERS)
+@given(st.data())
+@settings(deadline=None, max_examples=100)
+def test_answers_that_share_a_vote_are_judged_alike(verifier, data):
+    arguments, alphabet = ANSWERS[verifier]
+    problem = Problem("x", "x", "en", 1, "?", "", "", verifier, arguments, "")
+    texts = st.text(alphabet, max_size=4) | st.sampled_from(["5-2", "5", "5 2", "05", "knight", "50", r"50\%", "0.5"])
+    space = st.sampled_from(["", " ", "\n" * 300, " " * 300 + "x", "　"])
+    verdicts = {}
+    for _ in range(20):
+        text = data.draw(space) + data.draw(texts) + data.draw(space)
+        assert verdicts.setdefault(ballot(problem, text), verify(problem, text)) == verify(problem, text), text
+
+
 def test_every_pair_of_claims_is_judged_as_the_truth_table_says():
     for claims in itertools.product(CLAIMS, repeat=2):
         for first, second in itertools.product((True, False), repeat=2):

@@ -49,8 +49,14 @@ def test_a_chinese_question_is_asked_in_chinese(tokenizer, question):
     assert "Assistant" not in prompt
 
 
+def test_a_problem_is_asked_in_its_own_language_however_much_of_it_is_latex(tokenizer):
+    question = r"已知 $\triangle ABC$ 中 $\angle A=60^\circ$，求 $\sin B$"
+    assert shown(tokenizer, question, "r1_zero_described", language="zh").endswith("\n助手：")
+    assert shown(tokenizer, "Was heißt 你好?", "r1_zero_described", language="en").endswith("\nAssistant:")
+
+
 def test_worked_examples_stand_before_it_as_texts_that_end(tokenizer):
-    examples = [SUM, replace(SUM, question="计算2+3。")]
+    examples = [SUM, replace(SUM, question="计算2+3。", language="zh")]
     *texts, asked = shown(tokenizer, "Compute 4+4.", "r1_zero_described", examples).split("<|im_end|>")
     assert texts[0] == f"{ENGLISH}\nUser: Compute 2+3.\nAssistant: <think>2+3=5</think><answer>5</answer>"
     assert texts[1].endswith("\n用户：计算2+3。\n助手： <think>2+3=5</think><answer>5</answer>")
@@ -64,6 +70,8 @@ def test_a_system_prompt_is_the_first_turn_of_the_chat(tokenizer):
     assert prompt.startswith("<|im_start|>system\nUse <think> </think>.<|im_end|>\n<|im_start|>user\nCompute 2+3.")
     assert prompt.endswith("<|im_start|>user\nCompute 4+4.<|im_end|>\n<|im_start|>assistant\n")
     assert "You are helpful" in shown(tokenizer, "Compute 4+4.", "chat")  # the template's own, where none is given
+    decomposed = "Re\u0301ponds\u3000: <think> </think>."  # which a tokenizer may compose
+    assert "ponds" in shown(tokenizer, "Compute 4+4.", "chat", system_prompt=decomposed)
 
 
 def test_a_chat_template_that_drops_the_system_turn_is_refused(publish_tokenizer, tmp_path):

@@ -206,6 +206,7 @@ PROGRAM = Problem("f", "functions", "en", 1, "?", "", "", "code", {"inputs": [["
         (GAME, r"<think>a</think>\boxed{(8+4)/2}"),
         (GAME, r"<think>a</think>\boxed{\left(8 + 4\right) \div 2}"),
         (GAME, r"<think>a</think>\boxed{\frac{8 + 4}{2}}"),
+        (TIMES, r"<think>a</think>\boxed{\frac{\dfrac{3}{4} \times 8}{1}}"),
         (TIMES, r"<think>a</think>\boxed{3 \times \frac{8}{4} \cdot 1}"),
         (KNIGHTS, r"<think>a</think>\boxed{\text{knight, knave}}"),
         (KNIGHTS, r"<think>a</think>\boxed{\text{Knight},\ \text{knave}}"),
@@ -230,6 +231,7 @@ def test_without_tags_the_last_box_behind_the_chain_is_the_answer(problem, said)
         (SUM, r"<think>a</think>\boxed{5}, no: \boxed{6}"),
         (GAME, r"<think>a</think>\boxed{4 \times 2 - 2}"),
         (PROGRAM, r"<think>a</think>\boxed{print(5)}"),
+        (PROGRAM, "<think>try\n```python\nprint(5)\n```\n"),  # nor is a program in a chain that never ended
     ],
 )
 def test_no_other_box_is_an_answer(problem, said):
