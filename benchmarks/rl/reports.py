@@ -5,33 +5,45 @@
 
 Each NAME=ARTIFACT is a `report`, or a single `evaluate`, of the store of the working folder: pass@1 of its checkpoints
 with 95 % intervals over problems, its claims, and its file whole go to results/NAME_report.json beside this file, or
-into --out. Commit, versions and device are those that the artifact was made with; `seconds` is the sum over all that it
-was made of.
+into --out. Commit, versions and device are those that the artifact was made with; `commits` and `seconds` are of all
+that it was made of, which must be of the recipe as it is, from trees without changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from flows.pipelines import pipeline
+from flows.recipes import load_recipe
 from infra.artifact import Artifact, Manifest
 from infra.errors import InputError
+from infra.lineage import lineage as lineage_of
 from infra.settings import Settings
 from infra.store import ArtifactStore
 
 
-def ancestors(manifest: Manifest, store: ArtifactStore) -> dict[str, Manifest]:
-    """It, and all that it was made of, by id."""
-    found, open_ = {manifest.id: manifest}, [manifest]
-    while open_:
-        for artifact_id in open_.pop().inputs.values():
-            if artifact_id not in found:
-                found[artifact_id] = store.manifest(artifact_id)
-                open_.append(found[artifact_id])
-    return found
+def made_by(artifact: Artifact, lineage: Sequence[Manifest]) -> str:
+    """The command that makes the artifact. InputError unless a pipeline made it of a recipe as it is, and no part of it
+    comes from a tree that no commit has."""
+    if artifact.manifest.stage not in ("report", "evaluate"):
+        raise InputError(f"{artifact.id} is made by {artifact.manifest.stage}: give a report or an evaluation")
+    labels = artifact.manifest.provenance.labels
+    if not {"pipeline", "recipe"} <= labels.keys():
+        raise InputError(f"{artifact.id} was not made by a pipeline: make it with `fathom run`")
+    line = pipeline(labels["pipeline"])
+    configs = load_recipe(labels["recipe"]).resolve(line)
+    known = [(node.stage, configs[node.name].model_dump(mode="json")) for node in line.nodes]
+    for part in lineage:
+        if part.provenance.dirty is not False or not part.provenance.commit:
+            raise InputError(f"{part.id} comes from a tree with changes that no commit has: commit, and make it anew")
+        if (part.stage, part.config) not in known:
+            raise InputError(f"{part.id} has values that are not those of recipe {labels['recipe']}: make it anew")
+    return f"fathom run {line.name} --recipe {labels['recipe']}"
 
 
 def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -51,22 +63,18 @@ def rows(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def keep(name: str, artifact: Artifact, store: ArtifactStore, out: Path) -> None:
-    made = artifact.manifest.provenance
-    if artifact.manifest.stage not in ("report", "evaluate"):
-        raise InputError(f"{artifact.id} is made by {artifact.manifest.stage}: give a report or an evaluation")
-    if made.dirty:
-        raise InputError(f"{artifact.id} comes from a tree with changes that no commit has: commit, and make it anew")
+    lineage = [store.manifest(artifact_id) for artifact_id in lineage_of(store, artifact.id).nodes]
+    command, made = made_by(artifact, lineage), artifact.manifest.provenance
     content = json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))
-    lineage = ancestors(artifact.manifest, store).values()
     record.write(
         out / f"{name}_report.json",
-        f"fathom run {made.labels.get('pipeline', 'line')} --recipe {made.labels.get('recipe', 'tiny')}",
+        command,
         rows(content),
         made.commit,
         device=made.device,
         versions=made.packages,
         artifact=artifact.id,
-        commits=sorted({one.provenance.commit or "unknown" for one in lineage}),
+        commits=sorted({one.provenance.commit for one in lineage if one.provenance.commit}),
         seconds=round(sum(one.provenance.wall_seconds for one in lineage), 1),
         report=content,
     )
