@@ -7,8 +7,9 @@ crashes or is silently wrong):
 - custom rotary embedding off: that kernel takes the 3-dimensional rope part of an MLA query for one head;
 - plain torch linears (no oneDNN), because prepacked weights are freed and cannot be loaded again;
 - experts packed anew by hand after each load.
-The process must be this engine's for good: vLLM cannot be torn down and started again in one process. Stages that offer
-it end their ranks' processes with the job (`spmd` without `keep`).
+vLLM keeps memory and the process group that it was started with: a job of another number of ranks cannot be given its
+process ("world group already initialized with a different world size"). Stages that offer it end their ranks' processes
+with the job (`spmd` without `keep`).
 """
 
 from __future__ import annotations
