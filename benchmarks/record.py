@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from infra import provenance
+
+
+def command(program: str, arguments: Sequence[str] | None = None) -> str:
+    """What repeats a run with these arguments (None: this process's), without where its results went and `--commit`."""
+    kept: list[str] = []
+    given = iter(sys.argv[1:] if arguments is None else arguments)
+    for argument in given:
+        if argument in ("--out", "--commit"):
+            next(given, None)
+        elif not argument.startswith(("--out=", "--commit=")):
+            kept.append(argument)
+    return " ".join(["python", program, *kept])
 
 
 def write(path: Path, command: str, rows: Iterable[dict[str, Any]], commit: str | None = None, **more: Any) -> None:

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def keep(made: Mapping[str, Artifact], out: Path, about: str, commit: str | None
         shutil.copy(made[name].path / "curves.png", out / f"{about}_{name}.png")
     record.write(
         out / f"{about}.json",
-        " ".join(["python benchmarks/rl/line.py", *sys.argv[1:]]),
+        record.command("benchmarks/rl/line.py"),
         rows,
         commit,
         **{f"curve_{name}": curve(made[name]) for name in filter(made.get, RL)},

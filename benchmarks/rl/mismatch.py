@@ -109,9 +109,8 @@ def main() -> None:
             rows += rows_of(f"{precision} learner, {engine}", seen)
             for row in rows[-2:]:
                 print(f"{row['case']}: {row['metric']} {row['ours']:.3g}", file=sys.stderr)
-    command = " ".join(["python benchmarks/rl/mismatch.py", *sys.argv[1:]])
     path = arguments.out / f"mismatch_{ranks.device.type}.json"
-    record.write(path, command, rows, arguments.commit, checkpoint=checkpoint.id)
+    record.write(path, record.command("benchmarks/rl/mismatch.py"), rows, arguments.commit, checkpoint=checkpoint.id)
 
 
 if __name__ == "__main__":

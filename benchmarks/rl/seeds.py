@@ -24,7 +24,6 @@ import functools
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from random import Random
@@ -299,7 +298,6 @@ def main() -> None:
     store = ArtifactStore(settings.store, settings.workspace)
     recipe = widened(load_recipe(arguments.recipe), store.work / "benchmarks")
     base = dict(pair.split("=", 1) for pair in arguments.base)
-    command = " ".join(["python benchmarks/rl/seeds.py", *sys.argv[1:]])
     for part in arguments.parts:
         measure, pipeline = PARTS[part]
         rows: list[Row] = []
@@ -307,7 +305,7 @@ def main() -> None:
             graph = Graph(pipeline, recipe, store, settings, seed, base)
             rows += [{"metric": f"seed {seed}", **one} for one in measure(graph)]
             path = arguments.out / f"{arguments.recipe}_{part}.json"
-            record.write(path, command, over_seeds(rows), arguments.commit)
+            record.write(path, record.command("benchmarks/rl/seeds.py"), over_seeds(rows), arguments.commit)
             plot(path.with_suffix(".png"), over_seeds(rows))
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -182,7 +181,7 @@ def main() -> None:
         rows += options(store, arguments.checkpoint, arguments.problems, arguments.device, arguments.rounds)
     record.write(
         Path(__file__).parent / "results" / f"decode_{arguments.device}.json",
-        " ".join(["python", "benchmarks/training/decode.py", *sys.argv[1:]]),
+        record.command("benchmarks/training/decode.py"),
         rows,
         threads=torch.get_num_threads(),
         load_average=os.getloadavg()[0],  # others on the machine: ratios within a round hold, rates do not

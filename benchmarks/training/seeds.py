@@ -71,7 +71,7 @@ def main() -> None:
     reports = {seed: run(arguments.recipe, seed) for seed in arguments.seeds}
     record.write(
         Path(__file__).parent / "results" / f"{arguments.recipe}_seeds.json",
-        " ".join(["python", "benchmarks/training/seeds.py", *sys.argv[1:]]),
+        record.command("benchmarks/training/seeds.py"),
         rows_of(reports),
     )
 

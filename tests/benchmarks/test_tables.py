@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import tables
+from benchmarks import record, tables
 
 
 def test_the_readme_shows_the_kept_results():
@@ -23,6 +23,11 @@ def test_every_kept_result_has_the_fields_that_a_reader_needs():
         assert {"device", "versions", "commit", "command", "rows"} <= result.keys(), path
         for row in result["rows"]:
             assert {"case", "metric", "ours", "anchors"} <= row.keys(), path
+
+
+def test_a_command_leaves_out_where_its_results_went():
+    given = ["--recipe", "h100", "--out", "x", "--commit=c0ffee", "--set", "a.b=1"]
+    assert record.command("line.py", given) == "python line.py --recipe h100 --set a.b=1"
 
 
 def test_a_table_gives_our_ratio_to_each_anchor():
