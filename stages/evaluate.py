@@ -28,6 +28,7 @@ from stages.problems.selection import ProblemFilter
 from stages.rl.prompts import Template, check_system_prompt
 from stages.rl.rollout import listed, why_wrong, write_rollouts
 from stages.rl.sample import SampleJob, sampled
+from stages.training.checkpoint import Precision
 
 PROBLEMS = "problems.parquet"
 
@@ -46,6 +47,7 @@ class EvaluateConfig(Config):
     top_p: float = Field(0.95, gt=0, le=1, title="Top-p")
     max_new_tokens: int = Field(64, ge=1, title="Longest reply")
     chunk: int = Field(8, ge=1, title="Problems a chunk", description="Generated together, by one seed")
+    precision: Precision = Field("fp32", title="Precision", description="Of what replies; bits per byte are in fp32")
     sequence_length: int = Field(256, ge=1, title="Window", description="Context for bits per byte")
     validation_windows: int = Field(64, ge=1, title="Windows a language", description="For bits per byte")
     trigram_bytes: int = Field(10_000_000, ge=1, title="Trigram bytes", description="Its training text, a language")
@@ -79,6 +81,7 @@ def evaluate(config: EvaluateConfig, inputs: Inputs, ctx: Context) -> dict:
         top_p=config.top_p,
         seed=config.seed,
         chunk=config.chunk,
+        precision=config.precision,
     )
     grouped = list(sampled(job, ctx))
     records = [problem_record(problem, rows) for problem, rows in zip(problems, grouped, strict=True)]

@@ -35,7 +35,7 @@ from stages.rl.reward_model import load_target
 from stages.rl.rewards import JUDGED, PENALTIES, PREFERENCE_MODELS, RewardWeights
 from stages.rl.rollout_store import RolloutStore
 from stages.tokens.bpe import load_tokenizer
-from stages.training.checkpoint import load_config
+from stages.training.checkpoint import Precision, load_config
 
 JUDGES = (*PREFERENCE_MODELS.values(), "process_reward_model")  # inputs
 
@@ -114,7 +114,7 @@ class GrpoConfig(Config):
     reference_renew_every: int = Field(400, ge=0, title="Renew reference every", description="Steps; 0: never")
 
     engine: EngineName = Field("native", title="Engine")
-    precision: Literal["fp32", "bf16"] = Field(
+    precision: Precision = Field(
         "fp32", title="Precision", description="Of activations and products; bf16 weights keep fp32 masters"
     )
     micro_batch_tokens: int = Field(8192, ge=1, title="Tokens a micro-batch", description="Padded; bounds the memory")

@@ -13,6 +13,7 @@ from stages.corpus.document import fraction
 from stages.rl.engines import EngineName
 from stages.rl.rollout import read_rollouts, write_rollouts
 from stages.rl.step_labels import LabelJob, label
+from stages.training.checkpoint import Precision
 
 STORE = "labels"  # folder inside scratch
 
@@ -25,6 +26,7 @@ class LabelStepsConfig(Config):
     temperature: float = Field(1.0, title="Temperature", gt=0)
     top_p: float = Field(1.0, title="Top-p", gt=0, le=1)
     engine: EngineName = Field("native", title="Engine")
+    precision: Precision = Field("fp32", title="Precision", description="Of what replies; bf16 is faster on a GPU")
     chunk: int = Field(16, title="Replies a chunk", description="Completed together; a kill costs one at most.", ge=1)
     seed: int = Field(0, title="Seed")
 
@@ -57,6 +59,7 @@ def label_steps(config: LabelStepsConfig, inputs: Inputs, ctx: Context) -> dict:
         temperature=config.temperature,
         top_p=config.top_p,
         engine=config.engine,
+        precision=config.precision,
         chunk=config.chunk,
         seed=config.seed,
         store=str(ctx.scratch / STORE),

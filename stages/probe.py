@@ -20,6 +20,7 @@ from stages.evaluation.probes import Material, build, judge, measures
 from stages.problems.problem import read_problems
 from stages.problems.selection import ProblemFilter
 from stages.rl.prompts import Template
+from stages.training.checkpoint import Precision
 
 
 class ProbeConfig(Config):
@@ -33,6 +34,7 @@ class ProbeConfig(Config):
     temperature: float = Field(0.6, ge=0, title="Temperature")
     top_p: float = Field(0.95, gt=0, le=1, title="Top-p")
     max_new_tokens: int = Field(64, ge=1, title="Longest reply")
+    precision: Precision = Field("fp32", title="Precision", description="Of what replies; bf16 is faster on a GPU")
     seed: int = Field(0, title="Seed")
 
 
@@ -54,6 +56,7 @@ def probe(config: ProbeConfig, inputs: Inputs, ctx: Context) -> dict:
         temperature=config.temperature,
         top_p=config.top_p,
         seed=config.seed,
+        precision=config.precision,
     )
     replies = sorted((said for part in spmd(ask, job, ctx) for said in part), key=lambda said: said.number)
     verdicts = [judge(case, said.text) for case, said in zip(cases, replies, strict=True)]

@@ -25,6 +25,7 @@ from stages.rl.engines import EngineName
 from stages.rl.prompts import Template, check_system_prompt
 from stages.rl.rollout import listed, why_wrong, write_rollouts
 from stages.rl.sample import SampleJob, sampled
+from stages.training.checkpoint import Precision
 
 GROUPS_PER_FILE = 1024
 
@@ -41,6 +42,7 @@ class SampleConfig(Config):
     temperature: float = Field(1.0, ge=0, title="Temperature")
     top_p: float = Field(1.0, gt=0, le=1, title="Top-p")
     engine: EngineName = Field("native", title="Engine")
+    precision: Precision = Field("fp32", title="Precision", description="Of what replies; bf16 is faster on a GPU")
     chunk: int = Field(8, ge=1, title="Problems a chunk", description="Generated together, by one seed")
     seed: int = Field(0, title="Seed")
 
@@ -69,6 +71,7 @@ def sample(config: SampleConfig, inputs: Inputs, ctx: Context) -> dict:
         top_p=config.top_p,
         seed=config.seed,
         engine=config.engine,
+        precision=config.precision,
         chunk=config.chunk,
         examples=examples,
     )

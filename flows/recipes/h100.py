@@ -8,8 +8,8 @@ from flows.recipes import Recipe, tiny
 
 FAMILIES = ("chain_sum", "word_sum", "gcd", "countdown_wide", "compare", "sort", "reverse", "islanders")
 ROLLOUT = {"max_new_tokens": 384}
-ASKED = {"chunk": 64, **ROLLOUT}  # a thousand rows or two at a time
 GPU = {"precision": "bf16"}
+ASKED = {"chunk": 64, **ROLLOUT, **GPU}  # a thousand rows or two at a time
 
 MODEL = {
     **{"family": "deepseek_v3", "d_model": 640, "n_layers": 12, "n_heads": 10, "d_ff": 2560, "init_std": 0.02},
@@ -121,14 +121,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "needle": {"lengths": (1024, 2048, 4096, 8192, 16384), "depths": 9, "cases": 5},
         **GPU,
     },
-    "probe_r1": {"name": "r1", "cases": 100, **ROLLOUT},
+    "probe_r1": {"name": "r1", "cases": 100, **ROLLOUT, **GPU},
     "model_card_r1": {"name": "Fathom R1", "license": "apache-2.0"},
     "promote_r1": {"tag": "r1@released", "require": tiny.REQUIRED},
     "evaluate_base": {"name": "base", "template": "r1_zero", "samples": 16, **ASKED},
     "r1_zero": {"name": "r1_zero", "template": "r1_zero", **RL, "steps": 120},
     "evaluate_r1_zero": {"name": "r1_zero", "template": "r1_zero", "samples": 16, **ASKED},
     "sample_zero": {
-        **{"problems": {"limit": 8_000}, "template": "r1_zero", "samples": 4, "chunk": 256, **ROLLOUT},
+        **{"problems": {"limit": 8_000}, "template": "r1_zero", "samples": 4, **ASKED, "chunk": 256},
     },
     "cold_start_samples": {"keep_per_problem": 2},
     "cold_start": TUNE,
@@ -140,7 +140,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **RL,
     },
     "evaluate_reasoning_rl": {"name": "reasoning_rl", "samples": 16, **ASKED},
-    "sample": {"problems": {"limit": 20_000}, "samples": 8, "chunk": 128, **ROLLOUT},
+    "sample": {"problems": {"limit": 20_000}, "samples": 8, **ASKED, "chunk": 128},
     "rejection_sample": {"keep_per_problem": 2},
     "general": {"max_conversations": 20_000},
     "sft": TUNE,
@@ -151,7 +151,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **RL,
     },
     "evaluate_r1": {"name": "r1", "samples": 32, **ASKED},
-    "sample_teacher": {"problems": {"limit": 40_000}, "samples": 4, "chunk": 256, "seed": 1, **ROLLOUT},
+    "sample_teacher": {"problems": {"limit": 40_000}, "samples": 4, **ASKED, "chunk": 256, "seed": 1},
     "teacher_samples": {"keep_per_problem": 2},
     "student_base_llama": {"model": {"family": "llama", **STUDENT}, **STUDENT_BASE},
     "student_base_qwen": {"model": {"family": "qwen2", **STUDENT}, **STUDENT_BASE},
@@ -162,7 +162,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "evaluate_distill_qwen": {"name": "distilled_qwen", "samples": 16, **ASKED},
     "evaluate_rl_student_llama": {"name": "rl_only_llama", "template": "r1_zero", "samples": 16, **ASKED},
     "report": {"title": "The line on one GPU"},
-    "sample_start": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 128, **ROLLOUT},
+    "sample_start": {"problems": {"limit": 10_000}, "samples": 8, **ASKED, "chunk": 128},
     **{f"{name}_{number}": values for number in (1, 2) for name, values in ROUND.items()},
     "evaluate_iterative_rl": {"name": "iterative_rl", "samples": 16, **ASKED},
     "distill_equal": {**TUNE, "epochs": None, "budget": "student"},
@@ -178,7 +178,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rewards": {"accuracy": 1.0, "format": 0.2, "language": 0.1, "overlong": 0.2},
         **RL,
     },
-    "sample_expert": {"problems": {"limit": 10_000}, "samples": 8, "chunk": 128, **ROLLOUT},
+    "sample_expert": {"problems": {"limit": 10_000}, "samples": 8, **ASKED, "chunk": 128},
     "concise": {"keep_per_problem": 1, "prefer": "shortest"},
     "v3_sft": TUNE,
     "evaluate_v3_sft": {"name": "v3_from_r1", "samples": 16, **ASKED},

@@ -21,7 +21,8 @@ from typing import Any
 
 from flows.recipes import Recipe
 
-GPU = {"precision": "bf16", "importance_cap": 2.0}
+BF16 = {"precision": "bf16"}
+GPU = {**BF16, "importance_cap": 2.0}
 
 # Logic-RL (Xie et al. 2025, 2502.14768): Qwen2.5-7B-Instruct-1M on fewer than 5K puzzles of 3 to 7 people; 3600 steps
 # of 8 questions and 8 replies, constant rate 4e-7, temperature 0.7, KL 0.001, REINFORCE++ (ours: GRPO, which the paper
@@ -34,7 +35,7 @@ LOGIC_FORM = (
     "person in the order asked. A reply looks like <think> your reasoning </think> <answer> knight, knave </answer> "
     "and has nothing outside these tags."
 )
-LOGIC_ASKED = {"system_prompt": LOGIC_FORM, "max_new_tokens": 4096}
+LOGIC_ASKED = {"system_prompt": LOGIC_FORM, "max_new_tokens": 4096, **BF16}
 LOGIC_RL: dict[str, dict[str, Any]] = {
     "import_base": {"path": "Qwen2.5-7B-Instruct-1M"},
     "puzzles": {"families": ["islanders"], "languages": ["en"], "levels": [2, 3, 4, 5, 6], "n_train": 5_000},
@@ -57,7 +58,7 @@ LOGIC_RL: dict[str, dict[str, Any]] = {
 # critic (ours: GRPO, 32 questions with 8 replies). Published: the 3B base learns to verify and to search, the 0.5B base
 # does not; the accuracies are in its run logs alone, so the claim here is a rise and nothing more. Its prompt is a
 # variant of R1-Zero's, which is asked here.
-TINY_ASKED = {"template": "r1_zero_described", "max_new_tokens": 1024}
+TINY_ASKED = {"template": "r1_zero_described", "max_new_tokens": 1024, **BF16}
 TINY_ZERO: dict[str, dict[str, Any]] = {
     "import_base": {"path": "Qwen2.5-3B"},
     "puzzles": {"families": ["countdown_wide"], "languages": ["en"], "n_train": 50_000, "n_heldout": 1_000},
@@ -90,12 +91,12 @@ OPEN_R1: dict[str, dict[str, Any]] = {
         **{"epochs": 5.0, "batch_size": 128, "sequence_length": 32768, "micro_batch_size": 1, "precision": "bf16"},
         **{"learning_rate": {"schedule": "cosine", "peak": 4e-5, "warmup_steps": 400}, "recompute": ["block"]},
     },
-    "evaluate_traces": {"name": "open_r1_sft", "samples": 4, "max_new_tokens": 30720},
+    "evaluate_traces": {"name": "open_r1_sft", "samples": 4, "max_new_tokens": 30720, **BF16},
     "math_rl": {
         **{"name": "open_r1", "steps": 200, "groups_per_step": 32, "rollout_groups": 32, "group_size": 16},
         **{"rewards": {"accuracy": 1.0, "format": 0.1}, "learning_rate": 1e-6, "max_new_tokens": 8192, **GPU},
     },
-    "evaluate_math_rl": {"name": "open_r1", "samples": 4, "max_new_tokens": 30720},
+    "evaluate_math_rl": {"name": "open_r1", "samples": 4, "max_new_tokens": 30720, **BF16},
     "report_traces": {
         "title": "Open-R1",
         "claims": [{"left": "open_r1", "right": "open_r1_sft", "strict": False}],

@@ -17,7 +17,7 @@ from stages.rl.prompts import Template, prompt_ids, reply_text
 from stages.tokens.bpe import Tokenizer, load_tokenizer
 from stages.tokens.chat_template import JINJA, render
 from stages.tokens.tools import offer_text
-from stages.training.checkpoint import load_model
+from stages.training.checkpoint import Precision, load_model
 from stages.training.distributed import process_group
 
 UNASKED = Reply([], [], False)
@@ -35,6 +35,7 @@ class AskJob:
     temperature: float
     top_p: float
     seed: int
+    precision: Precision = "fp32"
     chunk: int = 64
 
 
@@ -52,7 +53,7 @@ def ask(job: AskJob, report: Report) -> list[Said]:
     """This rank's share of the replies."""
     with process_group() as ranks, torch.no_grad():
         tokenizer = load_tokenizer(job.checkpoint)
-        model = load_model(job.checkpoint, str(ranks.device))
+        model = load_model(job.checkpoint, str(ranks.device), job.precision)
         engine = open_engine("native", model, job.checkpoint)
         room = model.config.max_position - job.max_new_tokens
         sampling = Sampling(job.max_new_tokens, job.temperature, job.top_p, (tokenizer.eos,))

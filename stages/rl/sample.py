@@ -20,7 +20,7 @@ from stages.rl.rewards import RewardWeights
 from stages.rl.rollout import grouped, read_rollouts
 from stages.rl.rollout_store import RolloutStore
 from stages.tokens.bpe import load_tokenizer
-from stages.training.checkpoint import load_model
+from stages.training.checkpoint import Precision, load_model
 from stages.training.distributed import process_group
 
 ROLLOUTS = "rollouts"  # folder inside scratch
@@ -39,6 +39,7 @@ class SampleJob:
     top_p: float
     seed: int
     engine: EngineName = "native"
+    precision: Precision = "fp32"
     chunk: int = 8
     examples: tuple[Problem, ...] = ()  # shown in front of a question of the same family and language
     system_prompt: str | None = None
@@ -56,7 +57,7 @@ def sample(job: SampleJob, report: Report) -> None:
     """This rank's share of the chunks, into the job's store."""
     with process_group() as ranks:
         tokenizer = load_tokenizer(job.checkpoint)
-        model = load_model(job.checkpoint, str(ranks.device))
+        model = load_model(job.checkpoint, str(ranks.device), job.precision)
         sampling = Sampling(job.max_new_tokens, job.temperature, job.top_p, (tokenizer.eos,))
         asking = Asking(
             job.template,

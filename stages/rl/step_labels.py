@@ -24,7 +24,7 @@ from stages.rl.rewards import accuracy_reward
 from stages.rl.rollout_store import RolloutStore
 from stages.rl.steps import split_steps
 from stages.tokens.bpe import Tokenizer, load_tokenizer
-from stages.training.checkpoint import load_model
+from stages.training.checkpoint import Precision, load_model
 from stages.training.distributed import process_group
 
 Row = dict[str, Any]  # of rollout.SCHEMA
@@ -41,6 +41,7 @@ class LabelJob:
     temperature: float
     top_p: float
     engine: EngineName
+    precision: Precision
     chunk: int
     seed: int
     store: str  # folder; a run that was killed finds its finished chunks there
@@ -50,7 +51,7 @@ def label(job: LabelJob, report: Report) -> None:
     """This rank's share of the chunks, with `step_ends` and `step_rewards`, into the job's store."""
     with process_group() as ranks:
         tokenizer = load_tokenizer(job.checkpoint)
-        model = load_model(job.checkpoint, str(ranks.device))
+        model = load_model(job.checkpoint, str(ranks.device), job.precision)
         engine = open_engine(job.engine, model, job.checkpoint)
         sampling = Sampling(job.max_new_tokens, job.temperature, job.top_p, (tokenizer.eos,))
         store = RolloutStore(job.store)

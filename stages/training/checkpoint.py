@@ -7,13 +7,13 @@
 
 A `reward_model` artifact has the same files; its weights are a `ValueModel`'s, the trunk's under `trunk.`.
 
-Weights keep the dtype they were saved in (an imported bf16 checkpoint stays bf16); a model built from them is fp32.
-Published (Hugging Face) names are model/exchange's business. The resumable state of a *running* training job
-is in resume.py: it also holds the optimiser and never leaves the stage's scratch folder.
+Weights keep the dtype they were saved in (an imported bf16 checkpoint stays bf16); a model built from them is fp32,
+unless asked for in bf16. Published (Hugging Face) names are model/exchange's business. The resumable state of a
+*running* training job is in resume.py: it also holds the optimiser and never leaves the stage's scratch folder.
 """
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from model.value import ValueModel
 
 CONFIG = "model.json"
 Model = TypeVar("Model", Transformer, ValueModel)
+Precision = Literal["fp32", "bf16"]
 
 
 def save_model(directory: Path | str, model: Transformer | ValueModel, tokenizer_dir: Path | str | None) -> None:
@@ -56,13 +57,14 @@ def save_tensors(
     return paths
 
 
-def load_model(directory: Path | str, device: str = "cpu") -> Transformer:
-    """Build the model a checkpoint describes and load its weights, in eval mode.
+def load_model(directory: Path | str, device: str = "cpu", precision: Precision = "fp32") -> Transformer:
+    """Build the model a checkpoint describes and load its weights, in eval mode; bf16 rounds what training in it does.
 
     Raises InputError where the folder is no checkpoint or its weights do not fit its config.
     """
     directory = Path(directory)
-    return load_weights(Transformer(load_config(directory)).to(device), directory).eval()
+    model = load_weights(Transformer(load_config(directory)).to(device), directory).eval()
+    return model.round_weights() if precision == "bf16" else model
 
 
 def load_value_model(directory: Path | str, device: str = "cpu") -> ValueModel:

@@ -190,6 +190,20 @@ def test_samples_are_kept_whole_once_each_and_their_figures_agree(sampled, bandi
         torch.testing.assert_close(logprobs, torch.tensor(row["logprobs"]), rtol=1e-4, atol=1e-5)
 
 
+def test_in_bf16_the_rounded_weights_reply(inputs, bandit_base, tmp_path):
+    exact = load_model(bandit_base)
+    for stage, config in (
+        (sample, SampleConfig(samples=2, max_new_tokens=14, precision="bf16")),
+        (evaluate, EvaluateConfig(name="x", samples=2, max_new_tokens=14, temperature=1, top_p=1, precision="bf16")),
+    ):
+        ctx = Context.local(tmp_path / stage.name)
+        stage(config, inputs, ctx)
+        for row in list(read_rollouts(ctx.out))[:5]:
+            ids = torch.tensor([row["prompt_ids"] + row["reply_ids"]])
+            logprobs = exact(ids[:, :-1]).log_probs(ids[:, 1:])[0, len(row["prompt_ids"]) - 1 :]
+            assert 1e-4 < (logprobs - torch.tensor(row["logprobs"])).abs().max() < 0.2
+
+
 def test_shots_stand_before_the_question_and_are_not_asked_themselves(inputs, bandit_problems, tmp_path):
     for template in ("r1_zero", "chat"):
         ctx = Context.local(tmp_path / template)
