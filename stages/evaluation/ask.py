@@ -21,7 +21,7 @@ from stages.training.checkpoint import Precision, load_model
 from stages.training.distributed import process_group
 
 UNASKED = Reply([], [], False)
-Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], Language]  # messages, tools offered
+Conversation = tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], Language]  # turns, tools offered
 
 
 @dataclasses.dataclass(frozen=True)

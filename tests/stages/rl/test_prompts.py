@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -70,8 +71,13 @@ def test_a_system_prompt_is_the_first_turn_of_the_chat(tokenizer):
     assert prompt.startswith("<|im_start|>system\nUse <think> </think>.<|im_end|>\n<|im_start|>user\nCompute 2+3.")
     assert prompt.endswith("<|im_start|>user\nCompute 4+4.<|im_end|>\n<|im_start|>assistant\n")
     assert "You are helpful" in shown(tokenizer, "Compute 4+4.", "chat")  # the template's own, where none is given
-    decomposed = "Re\u0301ponds\u3000: <think> </think>."  # which a tokenizer may compose
-    assert "ponds" in shown(tokenizer, "Compute 4+4.", "chat", system_prompt=decomposed)
+
+
+def test_a_system_prompt_is_there_also_where_the_tokenizer_composes_it(publish_tokenizer, tmp_path):
+    file = publish_tokenizer(tmp_path) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "NFC"}}))  # as Qwen's
+    prompt = shown(load_tokenizer(tmp_path), "Compute 4+4.", "chat", system_prompt="Re\u0301ponds.")
+    assert "R\u00e9ponds." in prompt
 
 
 def test_a_chat_template_that_drops_the_system_turn_is_refused(publish_tokenizer, tmp_path):
