@@ -120,8 +120,8 @@ def serve_vllm(
         flags["tool-call-parser"] = "deepseek_v31"
     if speculate:
         flags["speculative-config"] = json.dumps({"method": "mtp", "num_speculative_tokens": config.n_mtp})
-    command = [sys.executable, "-m", VLLM_SERVE, "--served-model-name", *names, "--no-enable-prefix-caching"]
-    command += ["--enforce-eager"] if cpu else []
+    command = [sys.executable, "-m", VLLM_SERVE, "--served-model-name", *names, "--enable-prefix-caching"]
+    command += ["--enforce-eager", f"--block-size={vllm.CPU_BLOCK}"] if cpu else []
     command += ["--enable-auto-tool-choice"] if tools else []
     command += [f"--{name}={value}" for name, value in flags.items()]
     with store.holding([export.id]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from model.cache import Float8Cache
 from model.float8 import in_float8
 from model.generate import Generator
 from model.transformer import Transformer
+from stages.rl.engines import vllm
 from stages.tokens.bpe import Tokenizer, load_tokenizer
 from stages.training.checkpoint import load_model
 
@@ -313,6 +315,12 @@ def test_vllm_serves_the_export_and_gives_our_own_greedy_reply(
         assert [model.id for model in client.models.list().data] == [MODEL, chat_store.resolve(MODEL)]
         reply = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=20)
         text = client.completions.create(model=MODEL, prompt=[[0, 20, 21, 22]], temperature=0, max_tokens=12)
+        again = [client.completions.create(model=MODEL, prompt=[[0, *range(20, 60)]], max_tokens=1) for _ in range(2)]
+        metrics = httpx.get(address.removesuffix("/v1") + "/metrics").text
+    assert [one.usage.prompt_tokens for one in again] == [41, 41]
+    hits = re.search(r"^vllm:prefix_cache_hits_total\{.*\} (\S+)$", metrics, re.MULTILINE)
+    assert hits is not None
+    assert float(hits[1]) == vllm.CPU_BLOCK  # the whole blocks of what is asked again
     assert [artifact.kind for artifact in chat_store.find("export")] == ["export"]
     assert reply.choices[0].message.reasoning == "so"
     assert reply.choices[0].message.content.startswith("<answer>")
