@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def command(program: str, arguments: Sequence[str] | None = None) -> str:
             next(given, None)
         elif not argument.startswith(("--out=", "--commit=")):
             kept.append(argument)
-    return " ".join(["python", program, *kept])
+    return shlex.join(["python", program, *kept])
 
 
 def write(path: Path, command: str, rows: Iterable[dict[str, Any]], commit: str | None = None, **more: Any) -> None:

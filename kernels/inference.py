@@ -54,6 +54,6 @@ def routed_experts(
 def latent_attention(
     q_NHC: Tensor, q_NHR: Tensor, cached_BSL: Tensor, position_BT: Tensor, mask_BTS: Tensor, scale: float
 ) -> Tensor:
-    """`eager.latent_attention`, which in fp32 is the faster one on CUDA too (benchmarks/LOG.md, 2026-11-27)."""
+    """`eager.latent_attention`, which in fp32 was the faster one on CUDA too (benchmarks/LOG.md, 2026-11-27)."""
     module = eager if q_NHC.dtype == torch.float32 else implementation(q_NHC)
     return module.latent_attention(q_NHC, q_NHR, cached_BSL, position_BT, mask_BTS, scale)

@@ -26,7 +26,7 @@ class LabelStepsConfig(Config):
     temperature: float = Field(1.0, title="Temperature", gt=0)
     top_p: float = Field(1.0, title="Top-p", gt=0, le=1)
     engine: EngineName = Field("native", title="Engine")
-    precision: Precision = Field("fp32", title="Precision", description="Of what replies; bf16 is faster on a GPU")
+    precision: Precision = Field("fp32", title="Precision", description="Of our engine; vLLM: bf16 on CUDA")
     chunk: int = Field(16, title="Replies a chunk", description="Completed together; a kill costs one at most.", ge=1)
     seed: int = Field(0, title="Seed")
 

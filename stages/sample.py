@@ -42,7 +42,7 @@ class SampleConfig(Config):
     temperature: float = Field(1.0, ge=0, title="Temperature")
     top_p: float = Field(1.0, gt=0, le=1, title="Top-p")
     engine: EngineName = Field("native", title="Engine")
-    precision: Precision = Field("fp32", title="Precision", description="Of what replies; bf16 is faster on a GPU")
+    precision: Precision = Field("fp32", title="Precision", description="Of our engine; vLLM: bf16 on CUDA")
     chunk: int = Field(8, ge=1, title="Problems a chunk", description="Generated together, by one seed")
     seed: int = Field(0, title="Seed")
 

@@ -111,6 +111,10 @@ def keep(made: Mapping[str, Artifact], out: Path, about: str, commit: str | None
         record.command("benchmarks/rl/line.py"),
         rows,
         commit,
+        nodes={
+            name: {"id": artifact.id, "seconds": artifact.manifest.provenance.wall_seconds, **artifact.manifest.summary}
+            for name, artifact in made.items()
+        },
         **{f"curve_{name}": curve(made[name]) for name in filter(made.get, RL)},
         **{
             name: json.loads((artifact.path / "report.json").read_text())["problems"]

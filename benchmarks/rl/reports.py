@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,25 @@ def made_by(artifact: Artifact, lineage: Sequence[Manifest]) -> str:
         raise InputError(f"{artifact.id} is made by {artifact.manifest.stage}: give a report or an evaluation")
     labels = artifact.manifest.provenance.labels
     if not {"pipeline", "recipe"} <= labels.keys():
-        raise InputError(f"{artifact.id} was not made by a pipeline: make it with `fathom run`")
+        raise InputError(f"{artifact.id} was made outside a pipeline; `fathom run … --force NODE` makes it in one")
     line = pipeline(labels["pipeline"])
-    configs = load_recipe(labels["recipe"]).resolve(line)
+    paths = dict(found for part in lineage for found in paths_of(part))
+    configs = load_recipe(labels["recipe"]).resolve(line, [f"{name}={json.dumps(paths[name])}" for name in paths])
     known = [(node.stage, configs[node.name].model_dump(mode="json")) for node in line.nodes]
     for part in lineage:
         if part.provenance.dirty is not False or not part.provenance.commit:
-            raise InputError(f"{part.id} comes from a tree with changes that no commit has: commit, and make it anew")
+            raise InputError(f"{part.id} is of a tree that no commit is known to have: make it in a clean checkout")
         if (part.stage, part.config) not in known:
             raise InputError(f"{part.id} has values that are not those of recipe {labels['recipe']}: make it anew")
-    return f"fathom run {line.name} --recipe {labels['recipe']}"
+    return " ".join(["fathom run", line.name, "--recipe", labels["recipe"], *(f"--set {name}=PATH" for name in paths)])
+
+
+def paths_of(part: Manifest) -> Iterator[tuple[str, str]]:
+    """The settings that say where the user's own files lie, which are no recipe's: `import_base.path`."""
+    node = part.provenance.labels.get("node")
+    for name, values in (("path", part.config), ("source.path", part.config.get("source") or {})):
+        if node and values.get("path") is not None:
+            yield f"{node}.{name}", values["path"]
 
 
 def rows(content: dict[str, Any]) -> list[dict[str, Any]]:

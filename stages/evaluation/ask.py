@@ -35,7 +35,7 @@ class AskJob:
     temperature: float
     top_p: float
     seed: int
-    precision: Precision = "fp32"
+    precision: Precision
     chunk: int = 64
 
 

@@ -25,8 +25,9 @@ def curve_ks(n: int) -> tuple[int, ...]:
     return tuple(sorted({2**power for power in range(n.bit_length())} | {n}))
 
 
-def maj_at_k(answers: Sequence[str | None], is_right: Callable[[str], bool], ks: Sequence[int]) -> list[float]:
-    """Mean correctness of the most frequent answer over all k-subsets of the n samples, for each k ≤ n of `ks`.
+def maj_at_k(answers: Sequence[str | None], worth: Callable[[str], bool | Fraction], ks: Sequence[int]) -> list[float]:
+    """Mean worth of the most frequent answer over all k-subsets of the n samples, for each k ≤ n of `ks`: 1 for a right
+    one, 0 for a wrong one.
 
     None is a reply without an answer and has no vote. Answers that share the first place are averaged, which is what a
     fair draw among them would give; a subset without any answer is wrong.
@@ -34,13 +35,14 @@ def maj_at_k(answers: Sequence[str | None], is_right: Callable[[str], bool], ks:
     n, votes = len(answers), Counter(answer for answer in answers if answer is not None)
     assert all(1 <= k <= n for k in ks), (n, ks)
     shares_K = [Fraction()] * len(ks)
-    for winner in filter(is_right, votes):
+    for winner in filter(worth, votes):
         others = [count for answer, count in votes.items() if answer != winner]
         for most in range(1, votes[winner] + 1):
             ways = _subsets(others, n - votes[winner] - sum(others), most)
+            drawn = worth(winner) * math.comb(votes[winner], most)
             for position, k in enumerate(ks):
                 won = sum(Fraction(ways[k - most, tied], tied + 1) for tied in range(len(others) + 1))
-                shares_K[position] += math.comb(votes[winner], most) * won / math.comb(n, k)
+                shares_K[position] += drawn * won / math.comb(n, k)
     return [float(share) for share in shares_K]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import pyarrow as pa
@@ -10,7 +12,7 @@ import pyarrow as pa
 from stages.evaluation.intervals import Interval, bootstrap_mean, bootstrap_share
 from stages.evaluation.pass_at_k import curve_ks, maj_at_k, pass_at_k
 from stages.problems.problem import Problem
-from stages.problems.verify import ballot, verify
+from stages.problems.verify import ballot
 from stages.rl.rewards import answer_of
 
 PROBLEM_SCHEMA = pa.schema(
@@ -35,9 +37,10 @@ def problem_record(problem: Problem, rows: Sequence[dict[str, Any]]) -> dict[str
     correct = sum(row["accuracy"] >= 1 for row in rows)
     answers = [answer_of(problem, row["completion"]) for row in rows]
     votes = [None if answer is None else ballot(problem, answer) for answer in answers]
-    ballots = {vote: answer for vote, answer in zip(votes, answers, strict=True) if answer is not None}
+    # Replies that share a vote are judged alike but where a ballot merges what a verifier tells apart.
+    cast, right = Counter(votes), Counter(vote for vote, row in zip(votes, rows, strict=True) if row["accuracy"] >= 1)
     passes = [pass_at_k(n, correct, k) for k in ks]
-    majorities = maj_at_k(votes, lambda vote: verify(problem, ballots[vote]), ks)
+    majorities = maj_at_k(votes, lambda vote: Fraction(right[vote], cast[vote]), ks)
     return {
         "problem_id": problem.id,
         "family": problem.family,

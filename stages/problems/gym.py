@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from infra.config import Config, Field
 from infra.errors import ConfigError
+from stages.problems.expression import SAME_SIGN
 from stages.problems.problem import Problem, Split, digest
 
 ONE_ANSWER = (
@@ -114,8 +115,10 @@ def _problem(name: str, item: Mapping[str, Any]) -> Problem | None:
 
 
 def text(text: str, arguments: Mapping[str, Any]) -> bool:
-    """Exactly the text `arguments["value"]`, but for spaces at the ends of lines."""
-    said, value = (re.sub(r"[ \t]+(?=\n|$)", "", each.strip()) for each in (text, arguments["value"]))
+    """Exactly the text `arguments["value"]`, but for spaces at the ends of lines and the width of signs and digits."""
+    said, value = (
+        re.sub(r"[ \t]+(?=\n|$)", "", each.strip().translate(SAME_SIGN)) for each in (text, arguments["value"])
+    )
     return bool(said) and said == value
 
 

@@ -50,7 +50,7 @@ def countdown(text: str, arguments: Mapping[str, Any]) -> bool:
 
 def roles(text: str, arguments: Mapping[str, Any]) -> bool:
     """One word for each person, in the order asked: `arguments["values"]`."""
-    return [part for part in re.split(r"[ ,，、]+", text.lower()) if part] == arguments["values"]
+    return _words(text) == arguments["values"]
 
 
 VERIFIERS: Mapping[str, Callable[[str, Mapping[str, Any]], bool]] = {
@@ -79,7 +79,7 @@ def judge(problem: Problem, text: str, every_test: bool = False) -> Verdict:
     answer = _answer(problem, text)
     if len(answer) > MAX_ANSWER:
         return Verdict(False, 0.0, f"longer than {MAX_ANSWER} characters")
-    right = VERIFIERS[problem.verifier](answer.translate(SAME_SIGN), problem.arguments)
+    right = VERIFIERS[problem.verifier](answer, problem.arguments)
     return Verdict(right, float(right), "" if right else "wrong answer")
 
 
@@ -104,10 +104,10 @@ ROLES = ("knight", "knave", "骑士", "骗子")
 
 def readable(problem: Problem, text: str) -> bool:
     """Whether `text` has the form of an answer to `problem`, right or wrong: what Logic-RL calls parseable."""
-    answer = _answer(problem, text)[: MAX_ANSWER + 1].translate(SAME_SIGN)
+    answer = _answer(problem, text)
     if not answer or (len(answer) > MAX_ANSWER and problem.verifier != "code"):
         return False
-    parts = [part for part in re.split(r"[ ,，、]+", answer.lower()) if part]
+    parts = _words(answer)
     match problem.verifier:
         case "roles":
             return len(parts) == len(problem.arguments["values"]) and all(part in ROLES for part in parts)
@@ -134,20 +134,26 @@ def ballot(problem: Problem, text: str) -> str:
     answer = _answer(problem, text)
     if len(answer) > MAX_ANSWER:  # wrong, so it shares no vote with what may be right
         return answer
-    plain = answer.translate(SAME_SIGN)
     if problem.verifier == "countdown":
         try:
-            result = evaluate(plain)
+            result = evaluate(answer)
         except ExpressionError:
-            return plain
+            return answer
         return f"{result.value} from {sorted(result.numbers)}"
     if problem.verifier == "boxed":
-        return " or ".join(map(str, sorted(readings(tidy(plain))))) or tidy(plain)
+        return " or ".join(map(str, sorted(readings(tidy(answer))))) or tidy(answer)
     if problem.verifier in ("text", "reasoning_gym"):  # judged by the letter
-        return re.sub(r"[ \t]+(?=\n|$)", "", plain)
-    return re.sub(r"[ ,，、]+", " ", plain.lower())
+        return re.sub(r"[ \t]+(?=\n|$)", "", answer)
+    if problem.verifier == "roles":
+        return " ".join(_words(answer))
+    return re.sub(r"[ ,，、]+", " ", answer.lower())
+
+
+def _words(text: str) -> list[str]:
+    return [part for part in re.split(r"[ ,，、]+", text.lower()) if part]
 
 
 def _answer(problem: Problem, text: str) -> str:
-    """What of the text is judged: all of it, unless the answer is to stand in a box; without the space around it."""
-    return (cut(text) if problem.verifier == "boxed" else text).strip()
+    """What of the text is judged: all of it, unless the answer is to stand in a box; without the space around it, its
+    signs and digits in ASCII."""
+    return (cut(text) if problem.verifier == "boxed" else text).strip().translate(SAME_SIGN)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rl.reports import made_by
-from flows.pipelines import LINE
+from flows.pipelines import LINE, pipeline
 from flows.recipes import load_recipe
 from infra.artifact import Artifact, Manifest, Provenance
 from infra.errors import InputError
@@ -26,14 +26,26 @@ def test_the_command_is_the_pipelines():
     assert made_by(Artifact(own, Path()), [own, own]) == "fathom run line --recipe tiny"
 
 
+def test_where_the_users_own_files_lie_is_no_change_of_the_recipe():
+    labels = {"pipeline": "imported_zero", "recipe": "logic_rl"}
+    path = "import_base.path=/models/Qwen"
+    configs = load_recipe("logic_rl").resolve(pipeline("imported_zero"), [path])
+    own, base = (
+        evaluation(stage, configs[node].model_dump(mode="json"), labels={**labels, "node": node})
+        for stage, node in (("evaluate", "evaluate_start"), ("import_checkpoint", "import_base"))
+    )
+    command = "fathom run imported_zero --recipe logic_rl --set import_base.path=PATH"
+    assert made_by(Artifact(own, Path()), [own, base]) == command
+
+
 @pytest.mark.parametrize(
     ("own", "part", "message"),
     [
-        (evaluation(labels={}), evaluation(), "not made by a pipeline"),
+        (evaluation(labels={}), evaluation(), "made outside a pipeline"),
         (evaluation("grpo"), evaluation(), "give a report or an evaluation"),
-        (evaluation(), evaluation(dirty=True), "no commit has"),
-        (evaluation(), evaluation(dirty=None), "no commit has"),
-        (evaluation(), evaluation(commit=None), "no commit has"),
+        (evaluation(), evaluation(dirty=True), "no commit is known"),
+        (evaluation(), evaluation(dirty=None), "no commit is known"),
+        (evaluation(), evaluation(commit=None), "no commit is known"),
         (evaluation(), evaluation(config={**CONFIG, "seed": 7}), "not those of recipe tiny"),
     ],
 )

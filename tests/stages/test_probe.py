@@ -46,7 +46,9 @@ def test_a_probes_report_is_what_its_replies_say(inputs, ray_session, tmp_path):
 
 def test_what_does_not_fit_the_context_is_not_asked_and_counted(inputs, bandit_base):
     short, long = ([{"role": "user", "content": text}] for text in ("Pull 3.", "Pull 3. " * 40))
-    job = AskJob(str(bandit_base), ((short, (), "en"), (long, (), "en"), (short, (), "en")), "chat", 12, 0.0, 1.0, 0)
+    job = AskJob(
+        str(bandit_base), ((short, (), "en"), (long, (), "en"), (short, (), "en")), "chat", 12, 0.0, 1.0, 0, "bf16"
+    )
     said = ask(job, lambda *_, **__: None)
     assert [(one.number, one.tokens > 0) for one in said] == [(0, True), (1, False), (2, True)]
     assert said[0].text == said[2].text

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -173,6 +174,9 @@ def test_a_problems_record_is_what_its_rows_say():
     assert (record["pass_1"], record["pass_k"], record["consensus"]) == (0.4, 1.0, 1.0)  # two ways to say 13 win
     assert (record["format"], record["length"]) == (0.8, 13.0)
     assert record["pass_at_k"] == pytest.approx([0.4, 0.7, 1.0, 1.0])  # at 1, 2, 4 and 5
+    mixed = [row("1+2", 1.0, 10), row("3 from [1, 2]", 0.0, 10)]  # one vote, by the spelling that ballots have
+    game = replace(problem, arguments={"numbers": [1, 2], "target": 3})
+    assert [problem_record(game, order)["consensus"] for order in (mixed, mixed[::-1])] == [0.5, 0.5]
     boxes = [{**row, "completion": r"so</think>\boxed{3 \times 2 + 7}", "format": 0.0} for row in right]
     assert problem_record(problem, [*boxes, *rows[2:]])["maj_at_k"] == record["maj_at_k"]
     assert record["maj_at_k"][0] == pytest.approx(0.4)

@@ -95,6 +95,11 @@ def test_a_ballot_is_the_same_for_answers_that_say_the_same():
     assert ballot(letters, " True ") == "True" != ballot(letters, "true")  # it is judged by the letter
     for text in HOSTILE:
         assert isinstance(ballot(problem, text), str)
+    people = Problem("x", "knights", "en", 1, "?", "", "", "roles", {"values": ["knight", "knave"]}, "")
+    assert ballot(people, "Knight, knave,") == ballot(people, "knight knave")
+    sign = Problem("x", "gym_x", "en", 1, "?", "", "×", "text", {"value": "×"}, "")
+    assert verify(sign, "×")
+    assert not verify(sign, "+")
     listed = Problem("x", "sort", "en", 1, "?", "", "", "integers", {"values": [1, 2]}, "")
     assert ballot(listed, "1, 2") == ballot(listed, "1 2") != ballot(listed, "2 1")
 
