@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from random import Random
@@ -269,7 +270,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     import matplotlib.pyplot as plt
 
     cases = list(dict.fromkeys(one["case"] for one in rows))
-    figure, axes = plt.subplots(figsize=(7, 0.8 + 0.6 * len(cases)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.6 * len(cases)), layout="constrained")
     for height, case in enumerate(reversed(cases)):
         for one in (one for one in rows if one["case"] == case):
             if one["metric"].startswith("mean"):
@@ -279,7 +280,7 @@ def plot(path: Path, rows: list[Row]) -> None:
             else:
                 axes.plot(one["ours"], height + 0.2, "o", color="tab:blue", alpha=0.6)
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_yticks(range(len(cases)), list(reversed(cases)))
+    axes.set_yticks(range(len(cases)), [textwrap.fill(case, 40) for case in reversed(cases)])
     axes.set_xlabel("difference or share")
     figure.savefig(path, dpi=120)
     plt.close(figure)
