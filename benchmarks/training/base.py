@@ -104,10 +104,9 @@ def main() -> None:
                 kept[f"{report}_{node}"] = json.loads(path.read_text())
     for row in kept.get("routing_health_pretrain", {"rows": []})["rows"]:
         del row["load"]  # every expert's: in the plot
-    changes = ["--set", *arguments.set] if arguments.set else []
     record.write(
         arguments.out / f"{name}.json",
-        " ".join(["python benchmarks/training/base.py --recipe", arguments.recipe, *changes]),
+        record.command("benchmarks/training/base.py"),
         [row for node, artifact in made.items() for row in rows_of(node, artifact)],
         arguments.commit,
         **kept,
